@@ -1,0 +1,135 @@
+"""The actor: fetch version k, collect its episodes, send them."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from lerobot_pirl import launch, registry
+from lerobot_pirl.algorithm import load_weights
+from lerobot_pirl.build import describe_run, make_adapter
+from lerobot_pirl.checkpoint import MetadataMismatch
+from lerobot_pirl.collector import Collector, episode_specs
+from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_ids
+from lerobot_pirl.transport import LearnerClient
+from lerobot_pirl.wire import Message
+
+logger = logging.getLogger(__name__)
+
+
+class Actor:
+    """One run's actor: policy, environments and the connection to the learner."""
+
+    def __init__(self, cfg: Any) -> None:
+        """Connect, build the policy and the environments.
+
+        Raises:
+            ConnectionError: when no learner answers within ``algorithm.wire.connect_timeout_s``.
+        """
+        self.cfg = cfg
+        algorithm = cfg.algorithm
+        wire = algorithm.wire
+        self.adapter = make_adapter(cfg)
+        self.metadata = describe_run(cfg, self.adapter, run_id="")
+        self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
+        self.client.connect()
+        self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
+        self.envs = make_chunk_envs(
+            cfg.env, algorithm.n_envs, algorithm.n_action_steps, algorithm.max_episode_steps, algorithm.async_envs
+        )
+        self.bar = tqdm(total=algorithm.episodes_per_iteration, unit="episode", leave=False, disable=None)
+        self.collector = Collector(
+            self.envs, self.adapter, algorithm.last_step_prob, cfg.seed, on_progress=self._show_progress
+        )
+
+    def _report_wait(self, seconds: float) -> None:
+        wire = self.cfg.algorithm.wire
+        logger.info("waiting for the learner at %s:%d for %.0f s", wire.host, wire.port, seconds)
+
+    def _show_progress(self, finished: int, successes: int) -> None:
+        self.bar.n = finished
+        self.bar.set_postfix(success=f"{successes}/{finished}")
+
+    def apply(self, message: Message) -> int:
+        """Load pushed weights after checking that they belong to this run; returns their version.
+
+        Raises:
+            RunError: when the learner's metadata differ from this actor's; the learner is told why.
+        """
+        theirs = message.header.get("metadata", {})
+        validator = registry.checkpoint_validator(self.cfg.recipe)
+        try:
+            validator(asdict(self.metadata), theirs, "actor", "learner")
+            load_weights(self.adapter.policy, message.tensors)
+        except (MetadataMismatch, ValueError) as error:
+            self.client.send_refusal(str(error))
+            raise launch.RunError(str(error)) from error
+        version = int(message.header["policy_version"])
+        logger.info(
+            "policy version %d applied (config_hash %s)", version, self.metadata.config_hash[:12]
+        )
+        return version
+
+    def collect(self, version: int) -> None:
+        """Run the episodes of one iteration and send them."""
+        count = self.cfg.algorithm.episodes_per_iteration
+        self.bar.reset(total=count)
+        self.bar.set_description(f"policy {version}")
+        specs = episode_specs(self.num_init_states, version * count, count)
+        rollout = self.collector.collect(specs, version)
+        header, tensors = rollout.to_tensors()
+        header["config_hash"] = self.metadata.config_hash
+        self.client.send_rollout(Message("rollout", header, tensors))
+        logger.info(
+            "policy version %d: %d episodes, %d succeeded, %d env steps in %.1f s (env %.1f, inference %.1f)",
+            version,
+            count,
+            int(rollout.success.sum()),
+            int(rollout.env_steps.sum()),
+            rollout.stats["collect_s"],
+            rollout.stats["env_s"],
+            rollout.stats["inference_s"],
+        )
+
+    def run(self) -> int:
+        """Serve the learner until it ends; returns the exit status it implies."""
+        version = -1
+        while True:
+            message = self.client.next_weights(newer_than=version)
+            if message.kind == "end":
+                ok = bool(message.header.get("ok"))
+                logger.info("the learner ended: %s", message.header.get("reason", ""))
+                return 0 if ok else launch.EXIT_FAILED
+            version = self.apply(message)
+            if version < self.cfg.steps:
+                self.collect(version)
+
+    def close(self) -> None:
+        """Close environments and connection."""
+        self.bar.close()
+        self.client.close()
+        self.envs.close()
+
+
+def run(cfg: Any) -> int:
+    """Validate the config and collect for the learner; returns the exit status."""
+    cfg.validate(check_output_dir=False)
+    if cfg.env.type == "libero":
+        from lerobot_pirl.envs.libero import prepare_libero
+
+        prepare_libero()
+    actor = Actor(cfg)
+    try:
+        return actor.run()
+    finally:
+        actor.close()
+
+
+def main() -> None:
+    """Entry point of ``lerobot-pirl-actor`` and of the redirected ``python -m lerobot.rl.actor``."""
+    launch.exit_process(launch.main("actor"))
+
+
+if __name__ == "__main__":
+    main()

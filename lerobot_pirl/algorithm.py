@@ -1,0 +1,300 @@
+"""piRL's update: PPO over the stochastic denoising steps of a rollout."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lerobot.rl.algorithms.base import RLAlgorithm
+from lerobot.rl.algorithms.configs import TrainingStats
+from torch import Tensor, nn
+
+from lerobot_pirl import flow, ppo
+from lerobot_pirl.config import PiRLConfig
+from lerobot_pirl.policies.base import PolicyAdapter, chain_log_prob
+from lerobot_pirl.rollout import Rollout, compute_returns, derive_seed
+
+POLICY, VALUE = "policy", "value"
+
+
+def make_value_head(input_dim: int, hidden_dims: tuple[int, ...]) -> nn.Sequential:
+    """Return a ReLU MLP ``[B, input_dim] -> [B, 1]`` whose last layer starts near zero, as RLinf's does."""
+    widths = (input_dim, *hidden_dims)
+    layers: list[nn.Module] = []
+    for width, next_width in itertools.pairwise(widths):
+        layers += [nn.Linear(width, next_width), nn.ReLU()]
+    last = nn.Linear(widths[-1], 1)
+    nn.init.normal_(last.weight, std=0.02)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+class PiRLAlgorithm(RLAlgorithm):
+    """Owns the value head and the optimiser; updates the adapter's policy in place."""
+
+    config_class = PiRLConfig
+    name = "pi-rl"
+
+    def __init__(self, adapter: PolicyAdapter, config: PiRLConfig, seed: int = 0) -> None:
+        """Build the value head and the optimiser.
+
+        Args:
+            adapter: the policy, already frozen where it does not train.
+            config: validated options.
+            seed: seed of the order of minibatches.
+        """
+        self.adapter = adapter
+        self.policy = adapter.policy
+        self.config = config
+        self.device = adapter.noise_std.device
+        self.value_head = make_value_head(adapter.value_input_dim, config.value_hidden_dims).to(self.device)
+        self.optimizer = self.make_optimizers_and_scheduler()[self.name]
+        self.seed = seed
+        self.step_weights = self._make_step_weights()
+        self.skipped_steps = 0
+
+    def _make_step_weights(self) -> Tensor:
+        num_steps = self.config.num_denoising_steps
+        if self.config.step_loss_weight == "none":
+            return torch.ones(num_steps, device=self.device)
+        step_prob = torch.full((num_steps,), (1 - self.config.last_step_prob) / (num_steps - 1))
+        step_prob[-1] = self.config.last_step_prob
+        return flow.inverse_sensitivity(self.adapter.noise_std.cpu(), step_prob).to(self.device)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the policy parameters that train, by name."""
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
+    def make_optimizers_and_scheduler(self) -> dict[str, torch.optim.Optimizer]:
+        """Return one AdamW over policy weights with decay, without decay, and the value head."""
+        config = self.config
+        spared = self.adapter.no_decay()
+        trainable = self.trainable_parameters()
+        groups = [
+            {"params": [p for n, p in trainable.items() if n not in spared], "lr": config.learning_rate},
+            {
+                "params": [p for n, p in trainable.items() if n in spared],
+                "lr": config.learning_rate,
+                "weight_decay": 0.0,
+            },
+            {"params": list(self.value_head.parameters()), "lr": config.value_learning_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+        return {self.name: optimizer}
+
+    def get_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimiser for checkpointing."""
+        return {self.name: self.optimizer}
+
+    def get_weights(self) -> dict[str, Any]:
+        """Return the trainable policy weights, which is all an actor needs."""
+        return {name: p.detach() for name, p in self.trainable_parameters().items()}
+
+    def load_weights(self, weights: dict[str, Any], device: str | torch.device = "cpu") -> None:
+        """Copy weights made by :meth:`get_weights` into the policy."""
+        load_weights(self.policy, weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the value head's tensors."""
+        return {f"value_head.{name}": value for name, value in self.value_head.state_dict().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
+        """Copy tensors made by :meth:`state_dict` in place; raises RuntimeError when names or shapes differ."""
+        prefix = "value_head."
+        self.value_head.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items()})
+
+    @torch.no_grad()
+    def values(self, features: dict[str, Tensor]) -> Tensor:
+        """Return the value of every observation, float32 ``[N]`` on the CPU."""
+        num_rows = len(next(iter(features.values())))
+        parts = [torch.zeros(0)]
+        for start in range(0, num_rows, self.config.minibatch_size):
+            rows = slice(start, start + self.config.minibatch_size)
+            parts.append(self._value(self._take(features, rows)).cpu())
+        return torch.cat(parts)
+
+    def _value(self, features: dict[str, Tensor]) -> Tensor:
+        return self.value_head(self.adapter.value_input(features)).squeeze(1)
+
+    def _take(self, tensors: dict[str, Tensor], rows: Any) -> dict[str, Tensor]:
+        return {name: value[rows].to(self.device) for name, value in tensors.items()}
+
+    def update(self, batch_iterator: Iterator[Rollout]) -> TrainingStats:
+        """Run one iteration: advantages, then epochs over minibatches of one rollout.
+
+        Args:
+            batch_iterator: yields the rollout to learn from.
+
+        Returns:
+            Losses, gradient norms and diagnostics; per denoising step under ``approx_kl_step<i>`` and
+            ``clip_fraction_step<i>``.
+        """
+        rollout = next(batch_iterator)
+        config = self.config
+        old_values = self.values(rollout.features)
+        final_values = self.values(rollout.final_features)
+        advantages, returns = compute_returns(
+            rollout, old_values, final_values, config.gamma, config.gae_lambda, config.bootstrap_truncation
+        )
+        data = {
+            "chain": rollout.chain,
+            "step_index": rollout.step_index,
+            "gripper": rollout.gripper,
+            "old_log_prob": rollout.log_prob,
+            "old_values": old_values,
+            "returns": returns,
+            "weights": ppo.sample_weights(rollout.episode_lengths, config.loss_aggregation),
+            "advantages": ppo.normalize_advantages(advantages) if config.normalize_advantage else advantages,
+        }
+        train_policy = self.optimization_step >= config.critic_warmup_iterations
+        records = self._run_epochs(rollout.features, data, train_policy)
+        self.optimization_step += 1
+        return self._stats(records, old_values, returns, advantages)
+
+    def _run_epochs(
+        self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool
+    ) -> list[dict[str, Any]]:
+        """Step the optimiser over all minibatches of all epochs; one record per minibatch."""
+        records: list[dict[str, Any]] = []
+        # a function of seed and step, so that a resumed run draws the same order without saved state
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.optimization_step))
+        num_rows = len(data["returns"])
+        for _ in range(self.config.n_epochs):
+            order = torch.randperm(num_rows, generator=generator)
+            for rows in order.split(self.config.minibatch_size):
+                records.append(self._minibatch(features, data, rows, train_policy))
+                target = self.config.target_kl
+                if target is not None and records[-1]["approx_kl"] > target:
+                    records[-1]["kl_stop"] = True
+                    return records
+        return records
+
+    def _minibatch(
+        self, features: dict[str, Tensor], data: dict[str, Tensor], rows: Tensor, train_policy: bool
+    ) -> dict[str, Any]:
+        """Accumulate the gradient of one minibatch in micro-batches and step the optimiser."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = defaultdict(float)
+        per_sample: dict[str, list[Tensor]] = defaultdict(list)
+        for micro in rows.split(self.config.micro_batch_size):
+            loss, sums, samples = self._losses(
+                self._take(features, micro), self._take(data, micro), train_policy
+            )
+            (loss / len(rows)).backward()
+            for name, value in sums.items():
+                total[name] += value.item() / len(rows)
+            for name, value in samples.items():
+                per_sample[name].append(value.cpu())
+        record = dict(total) | {name: torch.cat(parts) for name, parts in per_sample.items()}
+        record["approx_kl"] = float(record["kl"].mean())
+        record |= self._step(record)
+        return record
+
+    def _losses(
+        self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return the summed loss of a micro-batch, its parts (sums) and per-sample diagnostics."""
+        config = self.config
+        value = ppo.value_loss(
+            values := self._value(features),
+            data["old_values"],
+            data["returns"],
+            config.clip_range_vf,
+            config.huber_delta,
+        )
+        value_sum = (value * data["weights"]).sum()
+        with torch.set_grad_enabled(train_policy):
+            log_prob, _ = chain_log_prob(
+                self.adapter, features, data["chain"], data["step_index"], data["gripper"]
+            )
+            log_ratio = log_prob - data["old_log_prob"]
+            ratio = log_ratio.exp()
+            step_weight = self.step_weights[data["step_index"]].mean(dim=1)
+            surrogate = ppo.policy_loss(ratio, data["advantages"], config.clip_range, config.dual_clip)
+            policy_sum = (surrogate * step_weight * data["weights"]).sum()
+        loss = value_sum + policy_sum if train_policy else value_sum
+        change = (values.detach() - data["old_values"]).abs()
+        vf_clipped = change > (math.inf if config.clip_range_vf is None else config.clip_range_vf)
+        samples = {
+            "kl": ppo.approx_kl(log_ratio.detach()),
+            "kl_k1": -log_ratio.detach(),
+            "clipped": ppo.clip_fraction(ratio.detach(), config.clip_range),
+            "ratio": ratio.detach(),
+            "vf_clipped": vf_clipped.float(),
+            "step_index": data["step_index"][:, 0],
+        }
+        return loss, {"policy_loss": policy_sum.detach(), "value_loss": value_sum.detach()}, samples
+
+    def _step(self, record: dict[str, Any]) -> dict[str, float]:
+        """Clip gradients per group and step; a minibatch with a number that is not finite changes nothing."""
+        limit = self.config.grad_clip_norm
+        policy_parameters = list(self.trainable_parameters().values())
+        norms = {
+            POLICY: nn.utils.clip_grad_norm_(policy_parameters, limit),
+            VALUE: nn.utils.clip_grad_norm_(self.value_head.parameters(), limit),
+        }
+        numbers = [*(float(norm) for norm in norms.values()), record["policy_loss"], record["value_loss"]]
+        if all(math.isfinite(number) for number in numbers):
+            self.optimizer.step()
+        else:
+            self.skipped_steps += 1
+        return {f"{name}_grad_norm": float(norm) for name, norm in norms.items()}
+
+    def _stats(
+        self, records: list[dict[str, Any]], old_values: Tensor, returns: Tensor, advantages: Tensor
+    ) -> TrainingStats:
+        def mean(name: str) -> float:
+            return sum(record[name] for record in records) / len(records)
+
+        samples = {
+            name: torch.cat([record[name] for record in records])
+            for name in ("kl", "kl_k1", "clipped", "ratio", "vf_clipped", "step_index")
+        }
+        extra = {
+            "approx_kl": float(samples["kl"].mean()),
+            "approx_kl_k1": float(samples["kl_k1"].mean()),
+            "clip_fraction": float(samples["clipped"].mean()),
+            "ratio_max": float(samples["ratio"].max()),
+            "ratio_max_dev_first": float((records[0]["ratio"] - 1).abs().max()),
+            "value_clip_fraction": float(samples["vf_clipped"].mean()),
+            "explained_variance": ppo.explained_variance(old_values, returns),
+            "value_mean": float(old_values.mean()),
+            "return_mean": float(returns.mean()),
+            "advantage_std": float(advantages.std(unbiased=False)),
+            "minibatches": float(len(records)),
+            "kl_stop": float(any(record.get("kl_stop", False) for record in records)),
+            "skipped_steps": float(self.skipped_steps),
+        }
+        for k in range(self.config.num_denoising_steps):
+            at_k = samples["step_index"] == k
+            if at_k.any():
+                extra[f"approx_kl_step{k}"] = float(samples["kl"][at_k].mean())
+                extra[f"clip_fraction_step{k}"] = float(samples["clipped"][at_k].mean())
+        return TrainingStats(
+            losses={name: mean(name) for name in ("policy_loss", "value_loss")},
+            grad_norms={name: mean(f"{name}_grad_norm") for name in (POLICY, VALUE)},
+            extra=extra,
+        )
+
+
+def load_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy pushed weights into a policy in place.
+
+    Raises:
+        ValueError: when a name is unknown or missing, or a shape differs; nothing is copied then.
+    """
+    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    if set(parameters) != set(weights):
+        odd = sorted(set(parameters) ^ set(weights))
+        raise ValueError(f"pushed weights and policy differ in {len(odd)} parameters, the first is {odd[0]!r}")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"pushed weight {name!r} has shape {tuple(weights[name].shape)}, "
+                f"the policy's has {tuple(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

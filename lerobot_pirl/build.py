@@ -1,0 +1,37 @@
+"""What learner and actor both build from a run config: environments' metadata, policy, adapter."""
+
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import parser
+from lerobot.policies.factory import make_policy
+from lerobot.utils.random_utils import set_seed
+
+from lerobot_pirl import registry
+from lerobot_pirl.checkpoint import Metadata, make_metadata
+from lerobot_pirl.policies.base import PolicyAdapter
+
+
+def make_adapter(cfg: Any) -> PolicyAdapter:
+    """Build the policy and its adapter.
+
+    Both processes seed alike first: the frozen part of a policy without pretrained weights is drawn at random
+    and never sent.
+    """
+    adapter_class = registry.policy_adapter(cfg.policy.type)
+    adapter_class.validate(cfg)
+    if cfg.policy.pretrained_path and Path(cfg.policy.pretrained_path).is_absolute():
+        _check_weights(Path(cfg.policy.pretrained_path))
+    set_seed(cfg.seed)
+    policy = make_policy(cfg.policy, env_cfg=cfg.env)
+    return adapter_class(policy, cfg)
+
+
+def _check_weights(folder: Path) -> None:
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"policy.path={folder} holds no model.safetensors; name a pretrained_model folder")
+
+
+def describe_run(cfg: Any, adapter: PolicyAdapter, run_id: str) -> Metadata:
+    """Return this process's metadata."""
+    return make_metadata(cfg, adapter.policy, parser.parse_arg("config_path"), run_id)

@@ -1,0 +1,95 @@
+"""From a command line to a running recipe: what the learner's and the actor's ``main`` share."""
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import draccus
+from lerobot.configs import parser
+
+from lerobot_pirl import registry
+from lerobot_pirl.startup.hook import selected_recipe
+
+logger = logging.getLogger("lerobot_pirl")
+
+EXIT_REFUSED = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message tells the user why and what to do."""
+
+
+def _init_logging(role: str) -> None:
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s [{role.upper()}] %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("httpx", "httpcore", "transformers", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def parse_config(config_class: type) -> Any:
+    """Parse ``sys.argv`` the way LeRobot does: config file, overrides, ``--help``, ``policy.path``."""
+
+    def keep(cfg: Any) -> Any:
+        return cfg
+
+    keep.__annotations__ = {"cfg": config_class}
+    return parser.wrap()(keep)()
+
+
+def main(role: str) -> int:
+    """Run the recipe that the command line selects; return the exit status.
+
+    Args:
+        role: ``learner`` or ``actor``.
+    """
+    _init_logging(role)
+    # Ctrl-C and a service manager's SIGTERM end a run in the same orderly way
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        registry.check_lerobot_version()
+        name = selected_recipe(sys.argv)
+        if name is None:
+            if not {"--help", "-h"} & set(sys.argv):
+                raise RunError(
+                    'no recipe is selected; add "recipe": "pi-rl" to the config file or --recipe=pi-rl to the command'
+                )
+            name = "pi-rl"
+        recipe = registry.recipe(name)
+        cfg = parse_config(recipe.config_class)
+        module, _, function = getattr(recipe, role).partition(":")
+        run = getattr(importlib.import_module(module), function)
+    except (registry.RegistryError, RunError, ValueError, OSError, draccus.utils.ParsingError, RuntimeError) as error:
+        logger.error("%s", error)
+        return EXIT_REFUSED
+    logger.info(
+        "lerobot-pirl: running recipe %s in place of lerobot.rl.%s (LEROBOT_PIRL_DISABLE=1 to stop)", name, role
+    )
+    try:
+        return run(cfg) or 0
+    except KeyboardInterrupt:
+        logger.warning("interrupted")
+        return EXIT_INTERRUPTED
+    except (RunError, ValueError, ConnectionError, FileExistsError) as error:
+        logger.error("%s", error)
+        logger.debug("where it happened", exc_info=True)
+        return EXIT_FAILED
+    except Exception:
+        logger.exception("the %s failed", role)
+        return EXIT_FAILED
+
+
+def exit_process(status: int) -> None:
+    """Leave at once with ``status``; interpreter teardown may wait for foreign threads or GL contexts."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,46 @@
+"""Where an iteration's numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, wandb."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lerobot.common.wandb_utils import WandBLogger
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends one JSON object per iteration; on a resume, iterations after the checkpoint are dropped first."""
+
+    def __init__(self, cfg: Any) -> None:
+        """Open the log of a run."""
+        self.path = Path(cfg.output_dir) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; numbers that are not finite become null."""
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        if self.wandb:
+            self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
+
+    def close(self) -> None:
+        """End the wandb run, if there is one."""
+        if self.wandb:
+            self.wandb._wandb.finish()
+
+
+def iteration_line(record: dict[str, Any], steps: int) -> str:
+    """Return the one-line status of an iteration."""
+    return (
+        f"update {record['iteration']}/{steps} | policy {record['policy_version']} | "
+        f"success {record['rollout/success_rate']:.0%} | reward {record['rollout/reward_mean']:.2f} | "
+        f"KL {record['train/approx_kl']:.4f} | clip {record['train/clip_fraction']:.0%} | "
+        f"EV {record['train/explained_variance']:.2f} | "
+        f"{record['time/iteration_s']:.1f} s (env {record['time/env_s']:.1f}, "
+        f"inference {record['time/inference_s']:.1f}, update {record['time/update_s']:.1f}, "
+        f"transfer {record['time/transfer_s']:.1f})"
+    )

@@ -1,0 +1,1 @@
+"""Policy adapters: what piRL needs to know about a flow-matching policy."""

@@ -1,0 +1,177 @@
+"""What one iteration's collection leaves behind: a row per executed chunk, ordered by episode."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lerobot_pirl.ppo import compute_gae
+
+# per row of a rollout; features come on top, with a prefix
+_ROW_FIELDS = ("chain", "step_index", "gripper", "log_prob", "rewards", "terminated")
+_EPISODE_FIELDS = ("episode_lengths", "task_id", "init_state_id", "success", "env_steps")
+
+
+def derive_seed(*keys: int) -> int:
+    """Return a seed below 2**31 that depends on every key, for example (run seed, iteration)."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0] >> 1)
+
+
+@dataclass
+class Rollout:
+    """Episodes collected with one version of the policy.
+
+    ``N`` executed chunks (rows) of ``E`` episodes; rows of an episode are consecutive and in order.
+
+    Attributes:
+        policy_version: version of the weights that acted.
+        features: what the policy's trainable part reads, each ``[N, ...]``.
+        final_features: the same for the last observation of every truncated episode, in episode order, each
+            ``[M, ...]``.
+        chain, step_index, gripper, log_prob: see :class:`lerobot_pirl.policies.base.ActionSample`, ``[N, ...]``.
+        rewards: float32 ``[N]``, 1 for the chunk in which the episode first succeeded.
+        terminated: bool ``[N]``, the episode ended in this chunk for good (success).
+        episode_lengths: chunks per episode, int64 ``[E]``.
+        task_id, init_state_id, env_steps: int64 ``[E]``.
+        success: bool ``[E]``.
+        stats: seconds and counters of the collection.
+    """
+
+    policy_version: int
+    features: dict[str, Tensor]
+    final_features: dict[str, Tensor]
+    chain: Tensor
+    step_index: Tensor
+    gripper: Tensor
+    log_prob: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    episode_lengths: Tensor
+    task_id: Tensor
+    init_state_id: Tensor
+    success: Tensor
+    env_steps: Tensor
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def ended(self) -> Tensor:
+        """Whether a row is its episode's last, bool ``[N]``."""
+        ended = torch.zeros(len(self), dtype=torch.bool)
+        ended[self.episode_lengths.cumsum(0) - 1] = True
+        return ended
+
+    @property
+    def truncated(self) -> Tensor:
+        """Whether a row ended its episode without terminating it, bool ``[N]``."""
+        return self.ended & ~self.terminated
+
+    def to_tensors(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return a JSON-able header and flat tensors, from which :meth:`from_tensors` rebuilds the rollout."""
+        tensors = {name: getattr(self, name) for name in (*_ROW_FIELDS, *_EPISODE_FIELDS)}
+        tensors |= {f"features.{name}": value for name, value in self.features.items()}
+        tensors |= {f"final_features.{name}": value for name, value in self.final_features.items()}
+        return {"policy_version": self.policy_version, "stats": self.stats}, tensors
+
+    @classmethod
+    def from_tensors(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> "Rollout":
+        """Rebuild and check a rollout.
+
+        Raises:
+            ValueError: when a tensor is missing, its length does not fit or a value is not finite.
+        """
+        plain = (*_ROW_FIELDS, *_EPISODE_FIELDS)
+        missing = sorted(set(plain) - set(tensors))
+        if missing:
+            raise ValueError(f"the rollout has no tensor {', '.join(missing)}; update the actor's package")
+        groups: dict[str, dict[str, Tensor]] = {"features": {}, "final_features": {}}
+        for name, value in tensors.items():
+            prefix, _, rest = name.partition(".")
+            if rest and prefix in groups:
+                groups[prefix][rest] = value
+        rollout = cls(
+            policy_version=int(header["policy_version"]),
+            stats=dict(header.get("stats", {})),
+            **groups,
+            **{name: tensors[name] for name in plain},
+        )
+        rollout.check()
+        return rollout
+
+    def check(self) -> None:
+        """Raise ValueError when lengths disagree or a number is not finite."""
+        num_rows = int(self.episode_lengths.sum())
+        rows = {name: getattr(self, name) for name in _ROW_FIELDS} | self.features
+        for name, value in rows.items():
+            if len(value) != num_rows:
+                raise ValueError(f"rollout: {name} has {len(value)} rows, the episodes have {num_rows}")
+        num_truncated = int(self.truncated.sum())
+        for name, value in self.final_features.items():
+            if len(value) != num_truncated:
+                raise ValueError(
+                    f"rollout: final_features.{name} has {len(value)} rows for {num_truncated} truncated episodes"
+                )
+        for name, value in (rows | self.final_features).items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"rollout: {name} holds a number that is not finite; the rollout is not used")
+
+
+def concatenate(rollouts: list[Rollout]) -> Rollout:
+    """Join rollouts of one policy version; stats are summed."""
+    first = rollouts[0]
+    if len(rollouts) == 1:
+        return first
+    names = (*_ROW_FIELDS, *_EPISODE_FIELDS)
+    joined = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in names}
+    for group in ("features", "final_features"):
+        parts = [getattr(r, group) for r in rollouts]
+        joined[group] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    keys = {key for r in rollouts for key in r.stats}
+    stats = {key: sum(r.stats.get(key, 0.0) for r in rollouts) for key in keys}
+    return Rollout(policy_version=first.policy_version, stats=stats, **joined)
+
+
+def compute_returns(
+    rollout: Rollout,
+    values: Tensor,
+    final_values: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    bootstrap_truncation: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return GAE advantages and returns of every row, both ``[N]``.
+
+    Args:
+        rollout: ``N`` rows of ``E`` episodes.
+        values: value of every row's observation, ``[N]``.
+        final_values: value of the last observation of every truncated episode, ``[M]``.
+        gamma, gae_lambda: per chunk.
+        bootstrap_truncation: use ``final_values``; otherwise a time-out is an end like any other.
+    """
+    lengths = rollout.episode_lengths
+    steps = torch.arange(int(lengths.max()))[:, None]
+    valid = steps < lengths  # [T, E]
+
+    def padded(rows: Tensor, fill: float | bool = 0) -> Tensor:
+        out = torch.full(valid.shape, fill, dtype=rows.dtype)
+        out.T[valid.T] = rows
+        return out
+
+    next_values = torch.zeros_like(values)
+    next_values[:-1] = values[1:]
+    next_values[rollout.truncated] = final_values
+    terminated = rollout.terminated if bootstrap_truncation else rollout.ended
+    advantages, returns = compute_gae(
+        padded(rollout.rewards),
+        padded(values),
+        padded(next_values),
+        padded(terminated, True),
+        padded(rollout.ended, True),
+        gamma,
+        gae_lambda,
+    )
+    return advantages.T[valid.T], returns.T[valid.T]

@@ -1,0 +1,221 @@
+"""The update: ratio, gradients, what trains and what must not."""
+
+import math
+
+import pytest
+import torch
+
+from lerobot_pirl.algorithm import PiRLAlgorithm, load_weights
+from lerobot_pirl.policies.base import sample_actions
+from lerobot_pirl.policies.xvla import XVLAAdapter
+from lerobot_pirl.rollout import Rollout
+from tests.toy import tiny_adapter, tiny_features
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def make_rollout(adapter: XVLAAdapter, lengths=(3, 2, 4), seed=0, last_step_prob=0.5) -> Rollout:
+    """Rows with features of random observations; the first episode succeeds, the others run out of time."""
+    rows = sum(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    features = tiny_features(adapter, rows, seed=seed)
+    sample = sample_actions(adapter, features, last_step_prob, generator)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    rewards = torch.zeros(rows)
+    rewards[ends[0]] = 1.0
+    terminated = rewards > 0
+    return Rollout(
+        policy_version=0,
+        features=features,
+        final_features=tiny_features(adapter, len(lengths) - 1, seed=seed + 1),
+        chain=sample.chain,
+        step_index=sample.step_index,
+        gripper=sample.gripper,
+        log_prob=sample.log_prob,
+        rewards=rewards,
+        terminated=terminated,
+        episode_lengths=torch.tensor(lengths),
+        task_id=torch.zeros(len(lengths), dtype=torch.int64),
+        init_state_id=torch.arange(len(lengths)),
+        success=torch.tensor([True] + [False] * (len(lengths) - 1)),
+        env_steps=torch.tensor(lengths) * 4,
+    )
+
+
+def make_algorithm(**options) -> PiRLAlgorithm:
+    options = {"critic_warmup_iterations": 0, "minibatch_size": 4, "micro_batch_size": 2} | options
+    options = {"learning_rate": 1e-4, "target_kl": None, "value_hidden_dims": (16,)} | options
+    adapter = tiny_adapter(**options)
+    torch.manual_seed(0)
+    return PiRLAlgorithm(adapter, adapter.run_config.algorithm, seed=1)
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], module: torch.nn.Module) -> set[str]:
+    after = module.state_dict()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_first_minibatch_has_ratio_one_although_the_network_has_dropout():
+    algorithm = make_algorithm(n_epochs=2)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in algorithm.policy.modules())
+    stats = algorithm.update(iter([make_rollout(algorithm.adapter)])).to_log_dict()
+    assert stats["ratio_max_dev_first"] < 1e-4
+    assert stats["approx_kl"] > 0
+
+
+def test_train_mode_would_break_the_ratio():
+    algorithm = make_algorithm()
+    rollout = make_rollout(algorithm.adapter)
+    algorithm.policy.train()
+    stats = algorithm.update(iter([rollout])).to_log_dict()
+    assert stats["ratio_max_dev_first"] > 1e-2
+
+
+def test_zero_learning_rates_leave_every_weight_bit_identical():
+    algorithm = make_algorithm(learning_rate=0.0, value_learning_rate=0.0)
+    policy, value = snapshot(algorithm.policy), snapshot(algorithm.value_head)
+    stats = algorithm.update(iter([make_rollout(algorithm.adapter)])).to_log_dict()
+    assert not changed(policy, algorithm.policy)
+    assert not changed(value, algorithm.value_head)
+    assert stats["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert stats["clip_fraction"] == 0
+
+
+def test_encoder_never_changes_and_has_no_gradient():
+    algorithm = make_algorithm()
+    before = snapshot(algorithm.policy.model.vlm)
+    for _ in range(2):
+        algorithm.update(iter([make_rollout(algorithm.adapter)]))
+    assert not changed(before, algorithm.policy.model.vlm)
+    assert all(p.grad is None for p in algorithm.policy.model.vlm.parameters())
+    assert not algorithm.policy.training
+
+
+def test_critic_warmup_changes_the_value_head_alone():
+    algorithm = make_algorithm(critic_warmup_iterations=1)
+    policy, value = snapshot(algorithm.policy), snapshot(algorithm.value_head)
+    algorithm.update(iter([make_rollout(algorithm.adapter)]))
+    assert not changed(policy, algorithm.policy)
+    assert changed(value, algorithm.value_head)
+    algorithm.update(iter([make_rollout(algorithm.adapter)]))
+    assert changed(policy, algorithm.policy)
+
+
+def test_other_domains_rows_stay():
+    algorithm = make_algorithm(learning_rate=1e-2, weight_decay=0.1)
+    tables = ("soft_prompt_hub.weight", "action_encoder.fc.weight", "action_decoder.fc.weight")
+    before = {t: algorithm.policy.model.transformer.get_parameter(t).detach().clone() for t in tables}
+    algorithm.update(iter([make_rollout(algorithm.adapter)]))
+    for table in tables:
+        after = algorithm.policy.model.transformer.get_parameter(table)
+        assert torch.equal(before[table][:3], after[:3])
+        assert not torch.equal(before[table][3], after[3])
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group():
+    algorithm = make_algorithm()
+    grouped = [id(p) for group in algorithm.optimizer.param_groups for p in group["params"]]
+    expected = [*algorithm.trainable_parameters().values(), *algorithm.value_head.parameters()]
+    assert sorted(grouped) == sorted(id(p) for p in expected)
+    assert [g["lr"] for g in algorithm.optimizer.param_groups] == [1e-4, 1e-4, 1e-4]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+def test_gradient_accumulation_equals_the_whole_minibatch(micro_batch_size):
+    gradients = []
+    for size in (micro_batch_size, 9):
+        algorithm = make_algorithm(minibatch_size=9, micro_batch_size=size, grad_clip_norm=1e6)
+        algorithm.optimizer.step = lambda: None
+        algorithm.update(iter([make_rollout(algorithm.adapter)]))
+        gradients.append([p.grad.clone() for p in algorithm.trainable_parameters().values()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+
+
+def test_minibatches_cover_every_row_once_per_epoch_in_a_new_order():
+    algorithm = make_algorithm(n_epochs=2, minibatch_size=4)
+    seen = []
+    original = algorithm._minibatch
+    algorithm._minibatch = lambda f, d, rows, t: seen.append(rows) or original(f, d, rows, t)
+    for _ in range(2):
+        algorithm.update(iter([make_rollout(algorithm.adapter)]))
+    orders = [torch.cat(seen[i : i + 3]).tolist() for i in range(0, 12, 3)]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_target_kl_stops_before_the_next_minibatch():
+    algorithm = make_algorithm(n_epochs=5, learning_rate=1e-1, target_kl=1e-4)
+    stats = algorithm.update(iter([make_rollout(algorithm.adapter)])).to_log_dict()
+    assert stats["kl_stop"] == 1.0
+    assert stats["minibatches"] == 2
+
+
+def test_dual_clip_is_wired():
+    losses = []
+    for dual_clip in (1.01, None):
+        algorithm = make_algorithm(dual_clip=dual_clip, minibatch_size=9, normalize_advantage=False)
+        rollout = make_rollout(algorithm.adapter)
+        rollout.rewards -= 1.0
+        rollout.log_prob -= 1.0
+        losses.append(algorithm.update(iter([rollout])).losses["policy_loss"])
+    assert losses[0] < losses[1]
+
+
+def test_a_number_that_is_not_finite_skips_the_step():
+    algorithm = make_algorithm(minibatch_size=9)
+    rollout = make_rollout(algorithm.adapter)
+    rollout.log_prob[0] = math.nan
+    policy, value = snapshot(algorithm.policy), snapshot(algorithm.value_head)
+    stats = algorithm.update(iter([rollout])).to_log_dict()
+    assert stats["skipped_steps"] == 1
+    assert not changed(policy, algorithm.policy)
+    assert not changed(value, algorithm.value_head)
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers():
+    results = []
+    for seed in (1, 1, 2):
+        algorithm = make_algorithm()
+        algorithm.seed = seed
+        rollout = make_rollout(algorithm.adapter)
+        results.append([algorithm.update(iter([rollout])).to_log_dict() for _ in range(2)])
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+def test_update_follows_the_advantage():
+    """One step makes what was rewarded likelier and what was not less likely: catches a flipped sign."""
+    algorithm = make_algorithm(
+        minibatch_size=64, micro_batch_size=64, learning_rate=1e-5, step_loss_weight="none", gamma=0.0
+    )
+    rollout = make_rollout(algorithm.adapter, lengths=(1,) * 16)
+    good = torch.arange(16) % 2 == 0
+    rollout.rewards, rollout.terminated = good.float(), torch.ones(16, dtype=torch.bool)
+    rollout.final_features = {name: value[:0] for name, value in rollout.final_features.items()}
+    algorithm.update(iter([rollout]))
+    from lerobot_pirl.policies.base import chain_log_prob
+
+    with torch.no_grad():
+        log_prob, _ = chain_log_prob(
+            algorithm.adapter, rollout.features, rollout.chain, rollout.step_index, rollout.gripper
+        )
+    gain = log_prob - rollout.log_prob
+    assert gain[good].mean() > 0 > gain[~good].mean()
+
+
+def test_weights_round_trip_and_misfits_are_refused():
+    source, target = make_algorithm(), make_algorithm()
+    source.update(iter([make_rollout(source.adapter)]))
+    weights = source.get_weights()
+    target.load_weights(weights)
+    assert not changed(snapshot(source.policy), target.policy)
+    first = next(iter(weights))
+    with pytest.raises(ValueError, match="differ in 1 parameters"):
+        load_weights(target.policy, {k: v for k, v in weights.items() if k != first})
+    with pytest.raises(ValueError, match="has shape"):
+        load_weights(target.policy, weights | {first: torch.zeros(1)})

@@ -36,7 +36,11 @@ class Actor:
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
         self.envs = make_chunk_envs(
-            cfg.env, algorithm.n_envs, algorithm.n_action_steps, algorithm.max_episode_steps, algorithm.async_envs
+            cfg.env,
+            algorithm.n_envs,
+            algorithm.n_action_steps,
+            algorithm.max_episode_steps,
+            algorithm.async_envs,
         )
         self.bar = tqdm(total=algorithm.episodes_per_iteration, unit="episode", leave=False, disable=None)
         self.collector = Collector(
@@ -66,9 +70,7 @@ class Actor:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error
         version = int(message.header["policy_version"])
-        logger.info(
-            "policy version %d applied (config_hash %s)", version, self.metadata.config_hash[:12]
-        )
+        logger.info("policy version %d applied (config_hash %s)", version, self.metadata.config_hash[:12])
         return version
 
     def collect(self, version: int) -> None:

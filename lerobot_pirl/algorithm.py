@@ -288,7 +288,9 @@ def load_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))
-        raise ValueError(f"pushed weights and policy differ in {len(odd)} parameters, the first is {odd[0]!r}")
+        raise ValueError(
+            f"pushed weights and policy differ in {len(odd)} parameters, the first is {odd[0]!r}"
+        )
     for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
             raise ValueError(

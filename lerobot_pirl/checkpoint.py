@@ -139,9 +139,7 @@ def make_metadata(cfg: Any, policy: nn.Module, config_path: str | None, run_id: 
     )
 
 
-def validate_metadata(
-    mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str
-) -> None:
+def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:
     """Compare two metadata dictionaries strictly, field by field.
 
     Raises:

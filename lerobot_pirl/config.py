@@ -225,14 +225,18 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             )
         self.algorithm.validate()
         if self.env is None:
-            raise ValueError("env is missing; name the environment to train in, for example env.type 'libero'")
+            raise ValueError(
+                "env is missing; name the environment to train in, for example env.type 'libero'"
+            )
         if self.dataset is not None:
             raise ValueError(
                 f"dataset.repo_id={self.dataset.repo_id!r} does nothing in recipe 'pi-rl', which learns from "
                 "its own rollouts; remove `dataset`"
             )
         if self.steps < 1:
-            raise ValueError(f"steps={self.steps} is not allowed; it is the number of updates, an integer >= 1")
+            raise ValueError(
+                f"steps={self.steps} is not allowed; it is the number of updates, an integer >= 1"
+            )
         if self.seed is None or self.seed < 0:
             raise ValueError(f"seed={self.seed} is not allowed; it must be an integer >= 0")
         self._validate_upstream(check_output_dir)

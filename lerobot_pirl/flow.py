@@ -32,7 +32,9 @@ def time_grid(num_denoising_steps: int) -> Tensor:
         ValueError: for fewer than two steps, where the SDE's first and last step would coincide.
     """
     if num_denoising_steps < 2:
-        raise ValueError(f"num_denoising_steps={num_denoising_steps} is not possible with an SDE; use 2 or more")
+        raise ValueError(
+            f"num_denoising_steps={num_denoising_steps} is not possible with an SDE; use 2 or more"
+        )
     steps = torch.arange(num_denoising_steps, -1, -1, dtype=torch.float32)
     return steps / num_denoising_steps
 

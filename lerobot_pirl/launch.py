@@ -67,11 +67,20 @@ def main(role: str) -> int:
         cfg = parse_config(recipe.config_class)
         module, _, function = getattr(recipe, role).partition(":")
         run = getattr(importlib.import_module(module), function)
-    except (registry.RegistryError, RunError, ValueError, OSError, draccus.utils.ParsingError, RuntimeError) as error:
+    except (
+        registry.RegistryError,
+        RunError,
+        ValueError,
+        OSError,
+        draccus.utils.ParsingError,
+        RuntimeError,
+    ) as error:
         logger.error("%s", error)
         return EXIT_REFUSED
     logger.info(
-        "lerobot-pirl: running recipe %s in place of lerobot.rl.%s (LEROBOT_PIRL_DISABLE=1 to stop)", name, role
+        "lerobot-pirl: running recipe %s in place of lerobot.rl.%s (LEROBOT_PIRL_DISABLE=1 to stop)",
+        name,
+        role,
     )
     try:
         return run(cfg) or 0

@@ -140,7 +140,9 @@ class Learner:
         theirs = message.header.get("config_hash")
         if theirs != self.metadata.config_hash:
             logger.error(
-                "refused a rollout: config_hash of the actor %s, of the learner %s", theirs, self.metadata.config_hash
+                "refused a rollout: config_hash of the actor %s, of the learner %s",
+                theirs,
+                self.metadata.config_hash,
             )
             return None
         try:
@@ -150,7 +152,9 @@ class Learner:
             return None
         if rollout.policy_version != self.version:
             logger.error(
-                "refused a rollout of policy version %d; the learner is at %d", rollout.policy_version, self.version
+                "refused a rollout of policy version %d; the learner is at %d",
+                rollout.policy_version,
+                self.version,
             )
             return None
         return rollout
@@ -187,7 +191,9 @@ class Learner:
             record[f"rollout/success_rate_task{task_id}"] = float(success)
         self.publish()
         self.metrics.write(record)
-        if self.cfg.log_freq > 0 and (self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps):
+        if self.cfg.log_freq > 0 and (
+            self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps
+        ):
             logger.info(iteration_line(record, self.cfg.steps))
 
     def save(self) -> None:

@@ -117,7 +117,9 @@ class Rollout:
                 )
         for name, value in (rows | self.final_features).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"rollout: {name} holds a number that is not finite; the rollout is not used")
+                raise ValueError(
+                    f"rollout: {name} holds a number that is not finite; the rollout is not used"
+                )
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:

@@ -120,7 +120,9 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
             logger.error("refused a message of %s: %s", context.peer(), error)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except queue.Full:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the learner has not used the last rollouts yet")
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "the learner has not used the last rollouts yet"
+            )
         return services_pb2.Empty()
 
     def SendTransitions(self, request_iterator, context):  # noqa: N802

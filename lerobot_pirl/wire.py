@@ -54,9 +54,7 @@ def encode(message: Message) -> bytes:
         )
     digest = hashlib.sha256(text)
     digest.update(payload)
-    head = _HEADER.pack(
-        MAGIC, FORMAT_VERSION, KINDS[message.kind], len(text), len(payload), digest.digest()
-    )
+    head = _HEADER.pack(MAGIC, FORMAT_VERSION, KINDS[message.kind], len(text), len(payload), digest.digest())
     return b"".join((head, text, payload))
 
 
@@ -72,7 +70,9 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
         raise WireError(f"the message ends after {len(data)} bytes, its header alone has {_HEADER.size}")
     magic, version, kind, text_length, payload_length, digest = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise WireError(f"the message starts with {magic!r} instead of {MAGIC!r}; the peer speaks something else")
+        raise WireError(
+            f"the message starts with {magic!r} instead of {MAGIC!r}; the peer speaks something else"
+        )
     if version != FORMAT_VERSION:
         raise WireError(
             f"the message has format {version}, this package speaks {FORMAT_VERSION}; "

@@ -44,7 +44,7 @@ def make_rollout(adapter: XVLAAdapter, lengths=(3, 2, 4), seed=0, last_step_prob
 
 def make_algorithm(**options) -> PiRLAlgorithm:
     options = {"critic_warmup_iterations": 0, "minibatch_size": 4, "micro_batch_size": 2} | options
-    options = {"learning_rate": 1e-4, "target_kl": None, "value_hidden_dims": (16,)} | options
+    options = {"n_epochs": 1, "learning_rate": 1e-4, "target_kl": None, "value_hidden_dims": (16,)} | options
     adapter = tiny_adapter(**options)
     torch.manual_seed(0)
     return PiRLAlgorithm(adapter, adapter.run_config.algorithm, seed=1)
@@ -121,7 +121,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     grouped = [id(p) for group in algorithm.optimizer.param_groups for p in group["params"]]
     expected = [*algorithm.trainable_parameters().values(), *algorithm.value_head.parameters()]
     assert sorted(grouped) == sorted(id(p) for p in expected)
-    assert [g["lr"] for g in algorithm.optimizer.param_groups] == [1e-4, 1e-4, 1e-4]
+    assert [g["lr"] for g in algorithm.optimizer.param_groups] == [1e-4, 1e-4, 1e-3]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
@@ -133,7 +133,8 @@ def test_gradient_accumulation_equals_the_whole_minibatch(micro_batch_size):
         algorithm.update(iter([make_rollout(algorithm.adapter)]))
         gradients.append([p.grad.clone() for p in algorithm.trainable_parameters().values()])
     for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+        # the size of rounding errors goes with the largest gradient that is summed
+        torch.testing.assert_close(first, second, atol=1e-5 * float(second.abs().max()) + 1e-6, rtol=1e-4)
 
 
 def test_minibatches_cover_every_row_once_per_epoch_in_a_new_order():

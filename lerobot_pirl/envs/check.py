@@ -45,9 +45,9 @@ if frame.max() == frame.min():
 def prepare_libero(allow_download: bool = True) -> None:
     """Put in place what hf-libero needs, before anything imports it. Safe to call again and in every process.
 
-    Writes hf-libero's config file if there is none (its import would ask on stdin), defaults `MUJOCO_GL` to `egl` on
-    Linux and `LP_NUM_THREADS` to 1 (several software renderers on one machine would fight for the cores), and fetches
-    the assets from the Hub if they are nowhere.
+    Writes hf-libero's config file if there is none (its import would ask on stdin), defaults `MUJOCO_GL` to
+    `egl` on Linux and `LP_NUM_THREADS` to 1 (several software renderers on one machine would fight for the
+    cores), and fetches the assets from the Hub if they are nowhere.
 
     Args:
         allow_download: fetch missing assets from the Hub; otherwise they are an error.
@@ -130,13 +130,15 @@ def check_libero_config() -> None:
     for key in ("benchmark_root", "bddl_files", "init_states"):
         if not Path(str(paths.get(key, ""))).is_dir() or key not in paths:
             raise RuntimeError(
-                f"LIBERO's config file {config_file()} has {key} = {paths.get(key)!r}, which is no folder: delete the "
+                f"LIBERO's config file {config_file()} has {key} = {paths.get(key)!r}, which is no folder: "
+                "delete the "
                 "file and it is written anew, or point LIBERO_CONFIG_PATH at another folder."
             )
 
 
 def assets_dir() -> Path:
-    """Where hf-libero takes its meshes and textures from: inside its package if there, else `~/.cache/libero/assets`."""
+    """Where hf-libero takes its meshes and textures from: inside its package if there, else
+    `~/.cache/libero/assets`."""
     packaged = libero_package_dir() / "assets"
     return packaged if packaged.exists() else Path(os.path.expanduser("~")) / ".cache" / "libero" / "assets"
 
@@ -174,7 +176,8 @@ def check_gl_library() -> None:
     if sys.platform != "linux" or backend not in GL_LIBRARIES or _library_found(GL_LIBRARIES[backend]):
         return
     raise RuntimeError(
-        f"MUJOCO_GL is '{backend}' but the library lib{GL_LIBRARIES[backend]} is missing: {_gl_remedy(backend)}."
+        f"MUJOCO_GL is '{backend}' but the library lib{GL_LIBRARIES[backend]} is missing: "
+        f"{_gl_remedy(backend)}."
     )
 
 
@@ -200,7 +203,8 @@ def rendered_frame() -> str:
         failure, status = f"no frame within {GL_CHECK_TIMEOUT_S} s", 1
     if status != 0:
         raise RuntimeError(
-            f"MuJoCo rendered no frame with MUJOCO_GL={backend or 'unset'} (exit status {status}: {failure}): "
+            f"MuJoCo rendered no frame with MUJOCO_GL={backend or 'unset'} (exit status {status}: "
+            f"{failure}): "
             f"{_gl_remedy(backend)}."
         )
     return f"rendered a frame with MUJOCO_GL={backend or 'the default'}"
@@ -226,7 +230,8 @@ def _gl_remedy(backend: str) -> str:
 def _assets_message() -> str:
     folder = assets_dir()
     return (
-        f"LIBERO's assets are missing in {folder} (absent or empty: {', '.join(missing_assets(folder))}): download the "
+        f"LIBERO's assets are missing in {folder} (absent or empty: {', '.join(missing_assets(folder))}): "
+        "download the "
         f"dataset {ASSETS_REPO} from the Hugging Face Hub and put it there, or link that folder to a copy."
     )
 

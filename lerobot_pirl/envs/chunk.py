@@ -23,9 +23,9 @@ ACTION_DIM = 7
 class ChunkEnv(gym.Env):
     """One environment slot whose step executes a chunk of actions.
 
-    The step limit is kept here, since LeRobot's LIBERO environment never truncates, and success counts once. Where
-    the wrapped environment has `render_enabled`, only a chunk's last step renders. An observation after success
-    repeats the frames of the chunk before: nobody acts on it.
+    The step limit is kept here, since LeRobot's LIBERO environment never truncates, and success counts once.
+    Where the wrapped environment has `render_enabled`, only a chunk's last step renders. An observation after
+    success repeats the frames of the chunk before: nobody acts on it.
 
     Args:
         make_task_env: builds the environment of a task id; it takes single actions, float32 [7], and reports
@@ -110,14 +110,14 @@ class ChunkEnv(gym.Env):
         Args:
             actions: float32 [n_action_steps, 7].
 
-        An episode's end is reported in the last return value alone: Gymnasium's vector environments refuse to step
-        while a finished slot waits, and the last episodes of a collection end at different times. A finished slot
-        that is stepped again stays as it is.
+        An episode's end is reported in the last return value alone: Gymnasium's vector environments refuse to
+        step while a finished slot waits, and the last episodes of a collection end at different times. A
+        finished slot that is stepped again stays as it is.
 
         Returns:
-            Observation; reward 1.0 in the chunk that succeeds and otherwise 0.0; False; False; `{"is_success",
-            "terminated" (success), "truncated" (step limit, or the environment's own end, without success),
-            "n_steps" executed in this chunk, "episode_steps" so far}`.
+            Observation; reward 1.0 in the chunk that succeeds and otherwise 0.0; False; False;
+            `{"is_success", "terminated" (success), "truncated" (step limit, or the environment's own end,
+            without success), "n_steps" executed in this chunk, "episode_steps" so far}`.
 
         Raises:
             ValueError: the chunk has another shape.
@@ -242,5 +242,7 @@ def _make_slot(
 def _env_type(env_cfg: Any) -> str:
     env_type = getattr(env_cfg, "type", type(env_cfg).__name__)
     if env_type not in SUPPORTED_TYPES:
-        raise ValueError(f"env.type is '{env_type}' but lerobot-pirl runs {', '.join(SUPPORTED_TYPES)}: use one of them.")
+        raise ValueError(
+            f"env.type is '{env_type}' but lerobot-pirl runs {', '.join(SUPPORTED_TYPES)}: use one of them."
+        )
     return env_type

@@ -1,9 +1,9 @@
 """LeRobot's `LiberoEnv`, rendering only the frames that a policy looks at.
 
-Rendering is over 90 % of a LIBERO step without a GPU. robosuite samples a camera a fixed number of substeps into a
-control step, so a frame rendered afterwards is not the frame that stepping gives. Here the camera observables stay
-enabled and keep their timers; only their sensor answers with the last frame while nobody looks. Frames, physics,
-proprioception and rewards are then bit-identical with the stock environment's.
+Rendering is over 90 % of a LIBERO step without a GPU. robosuite samples a camera a fixed number of substeps
+into a control step, so a frame rendered afterwards is not the frame that stepping gives. Here the camera
+observables stay enabled and keep their timers; only their sensor answers with the last frame while nobody
+looks. Frames, physics, proprioception and rewards are then bit-identical with the stock environment's.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def fast_libero_class() -> type:
 
         @property
         def hard_step_limit(self) -> int:
-            """Steps after which robosuite ends an episode by itself: its horizon counts the settle steps too."""
+            """Steps after which robosuite ends an episode by itself: its horizon counts the settle steps
+            too."""
             return ROBOSUITE_HORIZON - self.num_steps_wait
 
         @property
@@ -145,7 +146,9 @@ def _suite(name: str) -> Any:
 
     suites = benchmark.get_benchmark_dict()
     if name not in suites:
-        raise ValueError(f"env.task names '{name}' but LIBERO has {', '.join(sorted(suites))}: use one of them.")
+        raise ValueError(
+            f"env.task names '{name}' but LIBERO has {', '.join(sorted(suites))}: use one of them."
+        )
     return suites[name]()
 
 
@@ -170,7 +173,9 @@ def selected_tasks(env_cfg: LiberoEnvConfig) -> dict[int, tuple[str, int]]:
             tasks[offset + number] = (name, number)
         offset += total
     if not tasks:
-        raise ValueError(f"env.task '{env_cfg.task}' with env.task_ids {env_cfg.task_ids} selects no task: name one.")
+        raise ValueError(
+            f"env.task '{env_cfg.task}' with env.task_ids {env_cfg.task_ids} selects no task: name one."
+        )
     return tasks
 
 

@@ -1,4 +1,5 @@
-"""`tabletop`: a small numpy world with LIBERO's observations and actions, for laptops, tests and benchmarks."""
+"""`tabletop`: a small numpy world with LIBERO's observations and actions, for laptops, tests and
+benchmarks."""
 
 from __future__ import annotations
 
@@ -92,13 +93,15 @@ class TabletopEnv(EnvConfig):
     def __post_init__(self):
         if self.control_mode != "absolute":
             raise ValueError(
-                f"env.control_mode is '{self.control_mode}' but tabletop moves to absolute positions only: set it to "
+                f"env.control_mode is '{self.control_mode}' but tabletop moves to absolute positions only: "
+                "set it to "
                 "'absolute'."
             )
         if min(self.observation_height, self.observation_width) < MIN_IMAGE_SIZE:
             raise ValueError(
                 f"env.observation_height x env.observation_width is {self.observation_height}x"
-                f"{self.observation_width} but tabletop needs at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: raise them."
+                f"{self.observation_width} but tabletop needs at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}: "
+                "raise them."
             )
         if self.episode_length is not None and self.episode_length < 1:
             raise ValueError(f"env.episode_length is {self.episode_length} but must be at least 1: raise it.")
@@ -138,7 +141,8 @@ class TabletopEnv(EnvConfig):
         for task_id in ids:
             if not 0 <= task_id < len(names):
                 raise ValueError(
-                    f"env.task_ids holds {task_id} but env.task '{self.task}' has ids 0 to {len(names) - 1}: remove it."
+                    f"env.task_ids holds {task_id} but env.task '{self.task}' has ids 0 to "
+                    f"{len(names) - 1}: remove it."
                 )
         if not ids:
             raise ValueError("env.task_ids is an empty list, so no task would run: name one or leave it out.")
@@ -149,7 +153,8 @@ class TabletopEnv(EnvConfig):
     ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         """Vector environments `{task: {task id: env}}` for LeRobot's own commands.
 
-        A step takes microseconds, less than a message to another process, so `use_async_envs` changes nothing.
+        A step takes microseconds, less than a message to another process, so `use_async_envs` changes
+        nothing.
         """
         envs: dict[str, dict[int, gym.vector.VectorEnv]] = {}
         for task_id, name in self.selected_tasks().items():
@@ -235,7 +240,8 @@ class TabletopTask(gym.Env):
         action = np.asarray(action)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(
-                f"tabletop got an action of shape {action.shape} with values {action.tolist()} but needs 7 finite "
+                f"tabletop got an action of shape {action.shape} with values {action.tolist()} but needs 7 "
+                "finite "
                 "numbers: check the policy's output."
             )
         self.state = physics.advance(self.task_spec, self.state, action.tolist())

@@ -1,7 +1,7 @@
 """The tabletop's physics as pure functions: a state and an action give the next state.
 
-Everything is in metres and plain Python floats, so that one step costs microseconds and the same initial state and
-actions give bit-identical states.
+Everything is in metres and plain Python floats, so that one step costs microseconds and the same initial
+state and actions give bit-identical states.
 """
 
 from __future__ import annotations
@@ -97,11 +97,12 @@ def advance(task: TaskSpec, state: TabletopState, action: Sequence[float]) -> Ta
     Args:
         task: the task (only its object height is used).
         state: the state before the step.
-        action: 7 finite numbers: absolute position (m), absolute orientation (axis-angle, rad), gripper (> 0 closes).
+        action: 7 finite numbers: absolute position (m), absolute orientation (axis-angle, rad), gripper (> 0
+        closes).
 
     Returns:
-        The next state. A closing gripper takes two steps; the cube is grasped only in the step in which the gripper
-        shuts, and only if it is within reach then, so closing too early needs reopening.
+        The next state. A closing gripper takes two steps; the cube is grasped only in the step in which the
+        gripper shuts, and only if it is within reach then, so closing too early needs reopening.
     """
     eef = _move(state.eef, action)
     quat = turn_towards(state.quat, (action[3], action[4], action[5]))
@@ -120,7 +121,8 @@ def advance(task: TaskSpec, state: TabletopState, action: Sequence[float]) -> Ta
 
 
 def is_success(task: TaskSpec, state: TabletopState) -> bool:
-    """Reach: xy within 3 cm of the disc's centre. Pickup: the held cube is at least 6 cm above its rest height."""
+    """Reach: xy within 3 cm of the disc's centre. Pickup: the held cube is at least 6 cm above its rest
+    height."""
     if task.name == "reach":
         return math.dist(state.eef[:2], state.target[:2]) <= REACH_RADIUS
     return state.grip is not None and state.target[2] - task.object_z >= LIFT_HEIGHT
@@ -148,8 +150,6 @@ def expert_actions(task: TaskSpec, state: TabletopState, n_steps: int) -> np.nda
         actions[step] = expert(task, state)
         state = advance(task, state, actions[step].tolist())
     return actions
-
-
 
 
 def quat_to_mat(quat: Quat) -> np.ndarray:

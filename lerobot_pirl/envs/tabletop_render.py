@@ -65,7 +65,8 @@ class TabletopRenderer:
 
 
 def _table(xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
-    """Background whose colour tells the place: red grows with x, blue with y; off the workspace it is dark."""
+    """Background whose colour tells the place: red grows with x, blue with y; off the workspace it is
+    dark."""
     frame = np.empty((xs.size, ys.size, 3), np.float32)
     frame[..., 0] = (150.0 + 150.0 * xs)[:, None]
     frame[..., 1] = 135.0
@@ -94,7 +95,9 @@ def _disc(canvas: tuple, x: float, y: float, radius: float, colour: tuple, opaci
 def _square(canvas: tuple, x: float, y: float, half: float, colour: tuple) -> None:
     frame, xs, ys = canvas
     rows, cols = _window(xs, x, half), _window(ys, y, half)
-    distance = np.maximum(np.abs(xs[rows] - np.float32(x))[:, None], np.abs(ys[cols] - np.float32(y))[None, :])
+    distance = np.maximum(
+        np.abs(xs[rows] - np.float32(x))[:, None], np.abs(ys[cols] - np.float32(y))[None, :]
+    )
     _blend(frame[rows, cols], (half - distance) / (xs[1] - xs[0]) + 0.5, colour, 1.0)
 
 

@@ -101,7 +101,11 @@ def _check_steps(processors: Processors, source: Any) -> None:
     expected = [
         ("image normalisation (xvla_imagenet_normalize)", XVLAImageNetNormalizeProcessorStep, before),
         ("tokenizer (tokenizer_processor)", TokenizerProcessorStep, before),
-        ("rotation conversion (xvla_rotation_6d_to_axis_angle)", XVLARotation6DToAxisAngleProcessorStep, after),
+        (
+            "rotation conversion (xvla_rotation_6d_to_axis_angle)",
+            XVLARotation6DToAxisAngleProcessorStep,
+            after,
+        ),
     ]
     for label, step_type, steps in expected:
         count = sum(isinstance(step, step_type) for step in steps)

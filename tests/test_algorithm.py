@@ -133,9 +133,8 @@ def test_gradient_accumulation_equals_the_whole_minibatch(micro_batch_size):
         algorithm = make_algorithm(minibatch_size=9, micro_batch_size=size, grad_clip_norm=1e6, **wide)
         algorithm.optimizer.step = lambda: None
         algorithm.update(iter([make_rollout(algorithm.adapter)]))
-        gradients.append([p.grad.clone() for p in algorithm.trainable_parameters().values()])
-    for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+        gradients.append(torch.cat([p.grad.flatten() for p in algorithm.trainable_parameters().values()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
 def test_minibatches_cover_every_row_once_per_epoch_in_a_new_order():

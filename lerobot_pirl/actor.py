@@ -1,5 +1,6 @@
 """The actor: fetch version k, collect its episodes, send them."""
 
+import contextlib
 import logging
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +17,10 @@ from lerobot_pirl.transport import LearnerClient
 from lerobot_pirl.wire import Message
 
 logger = logging.getLogger(__name__)
+
+
+class _RunIsOver(Exception):
+    """The learner ended while episodes were being collected; nobody will use them."""
 
 
 class Actor:
@@ -52,6 +57,8 @@ class Actor:
         logger.info("waiting for the learner at %s:%d for %.0f s", wire.host, wire.port, seconds)
 
     def _show_progress(self, finished: int, successes: int) -> None:
+        if self.client.ended:
+            raise _RunIsOver
         self.bar.n = finished
         self.bar.set_postfix(success=f"{successes}/{finished}")
 
@@ -96,16 +103,16 @@ class Actor:
 
     def run(self) -> int:
         """Serve the learner until it ends; returns the exit status it implies."""
-        version = -1
         while True:
-            message = self.client.next_weights(newer_than=version)
+            message = self.client.next_weights()
             if message.kind == "end":
                 ok = bool(message.header.get("ok"))
                 logger.info("the learner ended: %s", message.header.get("reason", ""))
                 return 0 if ok else launch.EXIT_FAILED
             version = self.apply(message)
             if version < self.cfg.steps:
-                self.collect(version)
+                with contextlib.suppress(_RunIsOver):
+                    self.collect(version)
 
     def close(self) -> None:
         """Close environments and connection."""

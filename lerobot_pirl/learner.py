@@ -101,7 +101,7 @@ class Learner:
         """Wait until the episodes of this version are in.
 
         Raises:
-            RunError: when an actor refused to work with this learner, or none delivered in time.
+            RunError: when no actor delivered in time.
         """
         wanted = self.cfg.algorithm.episodes_per_iteration
         timeout = self.cfg.algorithm.wire.rollout_timeout_s
@@ -129,7 +129,8 @@ class Learner:
                 continue
             deadline = now + timeout
             if message.kind == "refusal":
-                raise launch.RunError(f"an actor refused this learner: {message.header.get('reason', '')}")
+                logger.error("an actor refused this learner and left:\n%s", message.header.get("reason", ""))
+                continue
             rollout = self._accept(message)
             if rollout is not None:
                 rollouts.append(rollout)
@@ -226,8 +227,7 @@ class Learner:
             ok, reason = True, f"{self.version} updates are done"
         except KeyboardInterrupt:
             reason = "the learner was interrupted"
-            if self.version > 0:
-                self.save()
+            self.save()
             raise
         except launch.RunError as error:
             reason = str(error)

@@ -1,7 +1,7 @@
 """Messages between learner and actor as bytes: a header, JSON and safetensors; nothing is ever unpickled.
 
 Layout, little endian: magic ``PIRL``, format version u8, kind u8, JSON length u32, payload length u64, SHA-256
-over JSON and payload, JSON (UTF-8), safetensors payload (empty without tensors).
+over everything before and after it, JSON (UTF-8), safetensors payload (empty without tensors).
 """
 
 import hashlib
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 MAGIC = b"PIRL"
@@ -19,6 +18,7 @@ FORMAT_VERSION = 1
 KINDS = {"weights": 1, "rollout": 2, "end": 3, "refusal": 4}
 _NAMES = {number: name for name, number in KINDS.items()}
 _HEADER = struct.Struct("<4sBBIQ32s")
+_DIGEST_BYTES = hashlib.sha256().digest_size
 MAX_BYTES = 8 * 2**30
 
 
@@ -41,6 +41,14 @@ class Message:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
+def _digest(head: bytes, *parts: bytes | memoryview) -> bytes:
+    """Return the SHA-256 over the header up to its digest and over the parts that follow it."""
+    digest = hashlib.sha256(head[: _HEADER.size - _DIGEST_BYTES])
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
 def encode(message: Message) -> bytes:
     """Return the bytes of a message; raises WireError for an unknown kind."""
     if message.kind not in KINDS:
@@ -52,10 +60,9 @@ def encode(message: Message) -> bytes:
         payload = safetensors.torch.save(
             {name: value.detach().cpu().contiguous().clone() for name, value in message.tensors.items()}
         )
-    digest = hashlib.sha256(text)
-    digest.update(payload)
-    head = _HEADER.pack(MAGIC, FORMAT_VERSION, KINDS[message.kind], len(text), len(payload), digest.digest())
-    return b"".join((head, text, payload))
+    fields = (MAGIC, FORMAT_VERSION, KINDS[message.kind], len(text), len(payload))
+    digest = _digest(_HEADER.pack(*fields, b""), text, payload)
+    return b"".join((_HEADER.pack(*fields, digest), text, payload))
 
 
 def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
@@ -84,16 +91,21 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
     if len(data) != expected:
         raise WireError(f"the message has {len(data)} bytes, its header announces {expected}")
     body = memoryview(data)[_HEADER.size :]
-    if hashlib.sha256(body).digest() != digest:
+    if _digest(data, body) != digest:
         raise WireError("the message's digest does not fit its content; it was damaged on the way")
+    header = _decode_header(body[:text_length])
     try:
-        header = json.loads(bytes(body[:text_length]))
+        tensors = safetensors.torch.load(bytes(body[text_length:])) if payload_length else {}
+    except Exception as error:  # what safetensors and torch raise for a damaged payload has no common base
+        raise WireError(f"the message's tensors cannot be read: {error}") from error
+    return Message(_NAMES[kind], header, tensors)
+
+
+def _decode_header(text: memoryview) -> dict[str, Any]:
+    try:
+        header = json.loads(str(text, "utf-8"))
     except (ValueError, RecursionError) as error:
         raise WireError(f"the message's header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise WireError(f"the message's header is a JSON {type(header).__name__} instead of an object")
-    try:
-        tensors = safetensors.torch.load(bytes(body[text_length:])) if payload_length else {}
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise WireError(f"the message's tensors cannot be read: {error}") from error
-    return Message(_NAMES[kind], header, tensors)
+    return header

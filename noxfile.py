@@ -4,7 +4,7 @@ import nox
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "tests"]
-PYTHON = "3.12"
+PYTHON = nox.project.load_toml("pyproject.toml")["project"]["requires-python"].removeprefix(">=")
 
 
 @nox.session(python=PYTHON)
@@ -20,3 +20,31 @@ def lint(session: nox.Session) -> None:
     session.install("ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=PYTHON)
+def smoke(session: nox.Session) -> None:
+    """Train on the tabletop with learner and actor as two processes, and report; takes a few minutes."""
+    session.install(".")
+    session.run("python", "tests/smoke.py", "tabletop", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def smoke_libero(session: nox.Session) -> None:
+    """The same on LIBERO's simulator; without LIBERO's assets, the fallback that its report names."""
+    session.install(".[libero]")
+    session.run("python", "tests/smoke.py", "libero", *session.posargs, env={"MUJOCO_GL": "egl"})
+
+
+@nox.session(python=PYTHON)
+def package(session: nox.Session) -> None:
+    """Build the wheel, install it into clean environments and run the start-up tests there."""
+    session.install(".[test]")
+    session.run(
+        "pytest",
+        "-q",
+        "tests/test_package.py",
+        "tests/test_third_party.py",
+        "tests/test_startup.py",
+        *session.posargs,
+    )

@@ -1,6 +1,7 @@
 """The actor: fetch version k, collect its episodes, send them."""
 
 import contextlib
+import json
 import logging
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +13,7 @@ from lerobot_pirl.algorithm import load_weights
 from lerobot_pirl.build import describe_run, make_adapter
 from lerobot_pirl.checkpoint import MetadataMismatch
 from lerobot_pirl.collector import Collector, episode_specs
-from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_ids
+from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
 from lerobot_pirl.transport import LearnerClient
 from lerobot_pirl.wire import Message
 
@@ -37,6 +38,7 @@ class Actor:
         wire = algorithm.wire
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
+        logger.info("metadata %s", json.dumps(asdict(self.metadata)))
         self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
@@ -46,6 +48,13 @@ class Actor:
             algorithm.n_action_steps,
             algorithm.max_episode_steps,
             algorithm.async_envs,
+        )
+        logger.info(
+            "environment %s %s, %d side by side, %s",
+            cfg.env.type,
+            cfg.env.task,
+            algorithm.n_envs,
+            "; ".join(f"task {task}: {task_description(cfg.env, task)}" for task in self.num_init_states),
         )
         self.bar = tqdm(total=algorithm.episodes_per_iteration, unit="episode", leave=False, disable=None)
         self.collector = Collector(
@@ -77,7 +86,7 @@ class Actor:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error
         version = int(message.header["policy_version"])
-        logger.info("policy version %d applied (config_hash %s)", version, self.metadata.config_hash[:12])
+        logger.info("policy version %d applied", version)
         return version
 
     def collect(self, version: int) -> None:

@@ -1,5 +1,6 @@
 """The learner: publish version k, receive the rollouts of version k, update, log, save."""
 
+import json
 import logging
 import signal
 import time
@@ -15,6 +16,7 @@ from lerobot_pirl import checkpoint, launch, registry
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import describe_run, make_adapter
 from lerobot_pirl.metrics import MetricsLog, iteration_line
+from lerobot_pirl.plots import plot_run, summary
 from lerobot_pirl.rollout import Rollout, concatenate
 from lerobot_pirl.transport import LearnerServer
 from lerobot_pirl.wire import Message
@@ -62,9 +64,10 @@ class Learner:
         self.interrupts = _Interrupts()
         wire = cfg.algorithm.wire
         self.server = LearnerServer(wire.host, wire.port)
-        self.metrics = MetricsLog(cfg)
+        self.metrics = MetricsLog(cfg, self.version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
+        logger.info("metadata %s", json.dumps(asdict(self.metadata)))
         logger.info(
             "policy %s: %s parameters, %s train; output folder %s; listening on %s:%d",
             cfg.policy.type,
@@ -93,9 +96,7 @@ class Learner:
         """Offer the present weights to all actors."""
         header = {"policy_version": self.version, "metadata": asdict(self.metadata)}
         self.server.publish(Message("weights", header, self.algorithm.get_weights()))
-        logger.info(
-            "policy version %d published (config_hash %s)", self.version, self.metadata.config_hash[:12]
-        )
+        logger.debug("policy version %d published", self.version)
 
     def receive(self) -> Rollout:
         """Wait until the episodes of this version are in.
@@ -235,6 +236,8 @@ class Learner:
         finally:
             self.server.end(ok=ok, reason=reason)
             self.metrics.close()
+            if self.metrics.path.exists():
+                logger.info("%s; curves in %s", summary(self.cfg.output_dir), plot_run(self.cfg.output_dir))
             logger.info("end: %s", reason)
 
 

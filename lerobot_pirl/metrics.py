@@ -5,19 +5,32 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lerobot.common.wandb_utils import WandBLogger
-
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends one JSON object per iteration; on a resume, iterations after the checkpoint are dropped first."""
+    """Appends one JSON object per iteration."""
 
-    def __init__(self, cfg: Any) -> None:
-        """Open the log of a run."""
+    def __init__(self, cfg: Any, iterations_done: int) -> None:
+        """Open the log of a run; records of iterations that a resumed run does again are dropped."""
         self.path = Path(cfg.output_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+        self._drop_after(iterations_done)
+        self.wandb = None
+        if cfg.wandb.enable and cfg.wandb.project:
+            from lerobot.common.wandb_utils import WandBLogger
+
+            self.wandb = WandBLogger(cfg)
+
+    def _drop_after(self, iteration: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        if kept != lines:
+            fresh = self.path.with_suffix(".new")
+            fresh.write_text("".join(kept))
+            fresh.replace(self.path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; numbers that are not finite become null."""

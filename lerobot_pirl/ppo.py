@@ -43,9 +43,11 @@ def compute_gae(
 
 
 def normalize_advantages(advantages: Tensor) -> Tensor:
-    """Return advantages with mean 0 and standard deviation 1; all zeros when they are all alike. ``[N]``."""
-    centered = advantages - advantages.mean()
-    return centered / (advantages.std(unbiased=False) + 1e-8)
+    """Return advantages with mean 0 and standard deviation 1; zeros when they are all alike. ``[N]``."""
+    # float64: float32's rounding of the mean of equal numbers would be scaled up to size 1
+    wide = advantages.double()
+    scaled = (wide - wide.mean()) / (wide.std(unbiased=False) + 1e-5)
+    return scaled.to(advantages.dtype)
 
 
 def sample_weights(episode_lengths: Tensor, aggregation: str) -> Tensor:

@@ -103,12 +103,29 @@ class Rollout:
         return rollout
 
     def check(self) -> None:
-        """Raise ValueError when lengths disagree or a number is not finite."""
+        """Raise ValueError when lengths or names disagree or a number is not finite."""
+        for name in _EPISODE_FIELDS:
+            if len(getattr(self, name)) != len(self.episode_lengths):
+                raise ValueError(
+                    f"rollout: {name} has {len(getattr(self, name))} entries for {len(self.episode_lengths)} episodes"
+                )
+        if len(self.episode_lengths) == 0 or self.episode_lengths.min() < 1:
+            raise ValueError(
+                f"rollout: episode_lengths is {self.episode_lengths.tolist()}, but every rollout has an episode and "
+                "every episode a chunk"
+            )
+        if not self.features or set(self.features) != set(self.final_features):
+            raise ValueError(
+                f"rollout: features {sorted(self.features)} and final_features {sorted(self.final_features)} must "
+                "have the same names, at least one"
+            )
         num_rows = int(self.episode_lengths.sum())
         rows = {name: getattr(self, name) for name in _ROW_FIELDS} | self.features
         for name, value in rows.items():
             if len(value) != num_rows:
                 raise ValueError(f"rollout: {name} has {len(value)} rows, the episodes have {num_rows}")
+        if (self.terminated & ~self.ended).any():
+            raise ValueError("rollout: terminated is set in a row that is not its episode's last")
         num_truncated = int(self.truncated.sum())
         for name, value in self.final_features.items():
             if len(value) != num_truncated:

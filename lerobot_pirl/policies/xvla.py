@@ -18,6 +18,8 @@ from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 from lerobot.policies.xvla.processor_xvla import (
     XVLAAddDomainIdProcessorStep,
     XVLAImageNetNormalizeProcessorStep,
+    XVLAImageScaleProcessorStep,
+    XVLAImageToFloatProcessorStep,
     XVLARotation6DToAxisAngleProcessorStep,
     make_xvla_pre_post_processors,
 )
@@ -26,7 +28,7 @@ from lerobot.processor import (
     TokenizerProcessorStep,
 )
 from lerobot.utils.constants import ACTION
-from torch import Tensor
+from torch import Tensor, nn
 
 from lerobot_pirl import flow
 
@@ -65,8 +67,8 @@ def _scratch_policy_pipelines(config: Any) -> tuple[PolicyProcessorPipeline, Pol
         pre, post = make_xvla_pre_post_processors(config)
     finally:
         config.tokenizer_name = tokenizer_name
-    image_steps = ("XVLAImageToFloatProcessorStep", "XVLAImageNetNormalizeProcessorStep")
-    pre.steps = [step for step in pre.steps if type(step).__name__ not in image_steps]
+    image_steps = (XVLAImageToFloatProcessorStep, XVLAImageNetNormalizeProcessorStep)
+    pre.steps = [step for step in pre.steps if not isinstance(step, image_steps)]
     for step in pre.steps:
         if isinstance(step, XVLAAddDomainIdProcessorStep):
             step.domain_id = LIBERO_DOMAIN_ID
@@ -77,17 +79,23 @@ def make_processors(policy_cfg: Any, env_cfg: Any) -> Processors:
     """Build the pipelines, from the checkpoint where there is one, and check that every step occurs once.
 
     Raises:
-        ValueError: when images would be normalised never or twice, no tokenizer is there, rotations are not
-            converted once, or the domain that reaches the network is not LIBERO's.
+        ValueError: when images would be normalised never or twice or scaled again, no tokenizer is there,
+            rotations are not converted once, or the domain that reaches the network is not LIBERO's.
     """
     env_pre, env_post = make_env_pre_post_processors(env_cfg, policy_cfg)
     if policy_cfg.pretrained_path:
         overrides = {"device_processor": {"device": str(policy_cfg.device)}}
         if policy_cfg.tokenizer_name == PACKAGED_TOKENIZER:
             overrides["tokenizer_processor"] = {"tokenizer_name": resolve_tokenizer(PACKAGED_TOKENIZER)}
-        pre, post = make_pre_post_processors(
-            policy_cfg, pretrained_path=str(policy_cfg.pretrained_path), preprocessor_overrides=overrides
-        )
+        try:
+            pre, post = make_pre_post_processors(
+                policy_cfg, pretrained_path=str(policy_cfg.pretrained_path), preprocessor_overrides=overrides
+            )
+        except KeyError as error:
+            raise ValueError(
+                f"the processors of {policy_cfg.pretrained_path} lack a step that X-VLA needs; fix "
+                f"policy_preprocessor.json beside the weights: {error}"
+            ) from error
     else:
         pre, post = _scratch_policy_pipelines(policy_cfg)
     processors = Processors(env_pre, pre, post, env_post)
@@ -98,22 +106,26 @@ def make_processors(policy_cfg: Any, env_cfg: Any) -> Processors:
 def _check_steps(processors: Processors, source: Any) -> None:
     before = [*processors.env_pre.steps, *processors.policy_pre.steps]
     after = [*processors.policy_post.steps, *processors.env_post.steps]
+    # LeRobot's environment observations are in [0, 1] already
     expected = [
-        ("image normalisation (xvla_imagenet_normalize)", XVLAImageNetNormalizeProcessorStep, before),
-        ("tokenizer (tokenizer_processor)", TokenizerProcessorStep, before),
+        ("image normalisation (xvla_imagenet_normalize)", XVLAImageNetNormalizeProcessorStep, before, 1),
+        ("image scaling (xvla_image_scale)", XVLAImageScaleProcessorStep, before, 0),
+        ("image scaling (xvla_image_to_float)", XVLAImageToFloatProcessorStep, before, 0),
+        ("tokenizer (tokenizer_processor)", TokenizerProcessorStep, before, 1),
         (
             "rotation conversion (xvla_rotation_6d_to_axis_angle)",
             XVLARotation6DToAxisAngleProcessorStep,
             after,
+            1,
         ),
     ]
-    for label, step_type, steps in expected:
+    for label, step_type, steps, wanted in expected:
         count = sum(isinstance(step, step_type) for step in steps)
-        if count != 1:
+        if count != wanted:
             raise ValueError(
                 f"the processors of {source} hold the step '{label}' {count} times together with the "
-                "environment's, but it must occur exactly once; fix policy_preprocessor.json or "
-                "policy_postprocessor.json beside the weights"
+                f"environment's, but it must {'occur exactly once' if wanted else 'not occur'}; fix "
+                "policy_preprocessor.json or policy_postprocessor.json beside the weights"
             )
     domains = [step.domain_id for step in before if isinstance(step, XVLAAddDomainIdProcessorStep)]
     if not domains or domains[-1] != LIBERO_DOMAIN_ID:
@@ -121,6 +133,17 @@ def _check_steps(processors: Processors, source: Any) -> None:
             f"the processors of {source} send domain_id {domains[-1] if domains else None} to X-VLA, but LIBERO "
             f"is domain {LIBERO_DOMAIN_ID}; set it in the step xvla_add_domain_id of policy_preprocessor.json"
         )
+
+
+def _decode_in_float32(decoder: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+    """Decode again without autocast (forward hook of the action decoder).
+
+    bfloat16 rounds a position of 0.5 m to 2 mm, nearly the std of the last step: an update would move the mean
+    by whole quanta, and with it the ratio.
+    """
+    hidden, domain_id = inputs
+    with torch.autocast(hidden.device.type, enabled=False):
+        return decoder.forward(hidden.float(), domain_id)
 
 
 class XVLAAdapter:
@@ -174,9 +197,11 @@ class XVLAAdapter:
         # a bfloat16 policy trains under autocast on float32 weights: steps of 1e-6 would vanish in bfloat16
         self.dtype = self.model._get_target_dtype()
         self.model.transformer.float()
+        if self.dtype == torch.bfloat16:
+            self.model.transformer.action_decoder.register_forward_hook(_decode_in_float32)
         self.device = next(self.model.transformer.parameters()).device
         self.noise_std = self._noise_table(algorithm).to(self.device)
-        vlm_dim = self.model.transformer.vlm_proj.in_features
+        vlm_dim = policy.config.get_florence_config().vision_config.projection_dim
         self.value_input_dim = 2 * vlm_dim + self.model.dim_proprio
         self.processors = make_processors(policy.config, cfg.env)
 

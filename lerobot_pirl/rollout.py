@@ -120,19 +120,21 @@ class Rollout:
                 "have the same names, at least one"
             )
         num_rows = int(self.episode_lengths.sum())
-        rows = {name: getattr(self, name) for name in _ROW_FIELDS} | self.features
+        rows = {name: getattr(self, name) for name in _ROW_FIELDS}
+        rows |= {f"features.{name}": value for name, value in self.features.items()}
         for name, value in rows.items():
             if len(value) != num_rows:
                 raise ValueError(f"rollout: {name} has {len(value)} rows, the episodes have {num_rows}")
         if (self.terminated & ~self.ended).any():
             raise ValueError("rollout: terminated is set in a row that is not its episode's last")
         num_truncated = int(self.truncated.sum())
-        for name, value in self.final_features.items():
+        finals = {f"final_features.{name}": value for name, value in self.final_features.items()}
+        for name, value in finals.items():
             if len(value) != num_truncated:
                 raise ValueError(
-                    f"rollout: final_features.{name} has {len(value)} rows for {num_truncated} truncated episodes"
+                    f"rollout: {name} has {len(value)} rows for {num_truncated} truncated episodes"
                 )
-        for name, value in (rows | self.final_features).items():
+        for name, value in (rows | finals).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(
                     f"rollout: {name} holds a number that is not finite; the rollout is not used"

@@ -5,12 +5,11 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
 
-import draccus
 from lerobot.configs import parser
 
 from lerobot_pirl import registry
+from lerobot_pirl.parsing import check_config_file, parse_config
 from lerobot_pirl.startup.hook import selected_recipe
 
 logger = logging.getLogger("lerobot_pirl")
@@ -37,16 +36,6 @@ def _init_logging(role: str) -> None:
     logging.getLogger("lerobot.utils.import_utils").addFilter(lambda record: "torchcodec" not in record.msg)
 
 
-def parse_config(config_class: type) -> Any:
-    """Parse ``sys.argv`` the way LeRobot does: config file, overrides, ``--help``, ``policy.path``."""
-
-    def keep(cfg: Any) -> Any:
-        return cfg
-
-    keep.__annotations__ = {"cfg": config_class}
-    return parser.wrap()(keep)()
-
-
 def main(role: str) -> int:
     """Run the recipe that the command line selects; return the exit status.
 
@@ -61,6 +50,8 @@ def main(role: str) -> int:
         name = selected_recipe(sys.argv)
         if name is None:
             if not {"--help", "-h"} & set(sys.argv):
+                # a file that cannot be read selects nothing
+                check_config_file(parser.parse_arg("config_path"))
                 raise RunError(
                     'no recipe is selected; add "recipe": "pi-rl" to the config file or --recipe=pi-rl to the command'
                 )
@@ -69,14 +60,7 @@ def main(role: str) -> int:
         cfg = parse_config(recipe.config_class)
         module, _, function = getattr(recipe, role).partition(":")
         run = getattr(importlib.import_module(module), function)
-    except (
-        registry.RegistryError,
-        RunError,
-        ValueError,
-        OSError,
-        draccus.utils.ParsingError,
-        RuntimeError,
-    ) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         logger.error("%s", error)
         return EXIT_REFUSED
     logger.info(

@@ -132,12 +132,13 @@ class Actor:
 
 def run(cfg: Any) -> int:
     """Validate the config and collect for the learner; returns the exit status."""
-    cfg.validate(check_output_dir=False)
-    if cfg.env.type == "libero":
-        from lerobot_pirl.envs.libero import prepare_libero
+    with launch.user_errors():
+        cfg.validate(check_output_dir=False)
+        if cfg.env.type == "libero":
+            from lerobot_pirl.envs.libero import prepare_libero
 
-        prepare_libero()
-    actor = Actor(cfg)
+            prepare_libero()
+        actor = Actor(cfg)
     try:
         return actor.run()
     finally:

@@ -1,10 +1,12 @@
 """From a command line to a running recipe: what the learner's and the actor's ``main`` share."""
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 from lerobot.configs import parser
 
@@ -21,6 +23,18 @@ EXIT_INTERRUPTED = 130
 
 class RunError(RuntimeError):
     """A run cannot start or go on; the message tells the user why and what to do."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what is wrong with config, environment or machine into a RunError; for what precedes the loop.
+
+    Inside the loop the same exceptions are defects, and keep their tracebacks.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise RunError(str(error)) from error
 
 
 def _init_logging(role: str) -> None:
@@ -73,7 +87,7 @@ def main(role: str) -> int:
     except KeyboardInterrupt:
         logger.warning("interrupted")
         return EXIT_INTERRUPTED
-    except (RunError, ValueError, ConnectionError, FileExistsError) as error:
+    except (RunError, ConnectionError) as error:
         logger.error("%s", error)
         logger.debug("where it happened", exc_info=True)
         return EXIT_FAILED

@@ -6,7 +6,6 @@ import signal
 import time
 import uuid
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lerobot.common.train_utils import should_save_checkpoint
@@ -243,12 +242,9 @@ class Learner:
 
 def run(cfg: Any) -> int:
     """Validate the config and train; returns the exit status."""
-    cfg.validate()
-    try:
+    with launch.user_errors():
+        cfg.validate()
         learner = Learner(cfg)
-    except (checkpoint.CheckpointError, checkpoint.MetadataMismatch) as error:
-        raise launch.RunError(str(error)) from error
-    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     learner.run()
     return 0
 

@@ -158,7 +158,7 @@ class LearnerServer:
 
         Raises:
             ValueError: for an address that is not loopback.
-            RuntimeError: when the port is taken.
+            OSError: when the port is taken.
         """
         _check_loopback(host)
         self._service = _Service(max_rollouts, max_bytes)
@@ -170,7 +170,7 @@ class LearnerServer:
         except RuntimeError:
             self.port = 0
         if self.port == 0:
-            raise RuntimeError(
+            raise OSError(
                 f"port {port} on {host} is taken, perhaps by another learner; stop it or choose another one with "
                 "--algorithm.wire.port in both terminals"
             )

@@ -1,0 +1,201 @@
+"""Learner and actor as two real processes, started with LeRobot's own commands and one config."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.smoke import free_port
+from tests.toy import CONFIGS, read_json
+
+pytestmark = pytest.mark.e2e
+
+ROOT = CONFIGS.parent
+TIMEOUT_S = 180
+# long enough for two busy cores, short enough to fail before a test run's patience ends
+SMALL = (
+    "--algorithm.episodes_per_iteration=4",
+    "--algorithm.n_envs=2",
+    "--algorithm.max_episode_steps=10",
+    "--algorithm.minibatch_size=8",
+    "--algorithm.micro_batch_size=8",
+    "--policy.hidden_size=32",
+    "--policy.depth=1",
+    "--policy.num_heads=2",
+)
+
+
+class Run:
+    """Two terminals with one config."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output_dir = folder / "run"
+        self.port = free_port()
+        self.folder = folder
+        self.started: list[subprocess.Popen] = []
+
+    def start(
+        self, role: str, *options: str, config: str | Path = CONFIGS / "pirl_tabletop.json"
+    ) -> "Terminal":
+        command = [sys.executable, "-m", f"lerobot.rl.{role}", f"--config_path={config}"]
+        command += [f"--algorithm.wire.port={self.port}", *options]
+        if "--resume=true" not in options:
+            command += SMALL
+            command += [] if "--output_dir" in str(options) else [f"--output_dir={self.output_dir}"]
+        log = self.folder / f"{role}{len(self.started)}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=self.folder,
+                env=environment,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return Terminal(process, log)
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def last_step(self) -> int:
+        return read_json(self.output_dir / "checkpoints/last/training_state/training_step.json")["step"]
+
+
+class Terminal:
+    """One process and what it prints."""
+
+    def __init__(self, process: subprocess.Popen, log: Path) -> None:
+        self.process, self.log = process, log
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, pattern: str) -> str:
+        """Return the first match of a pattern in the output, once it is there."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            if found := re.search(pattern, self.text()):
+                return found[0]
+            assert self.process.poll() is None, (
+                f"ended with {self.process.returncode}:\n{self.text()[-3000:]}"
+            )
+            time.sleep(0.05)
+        raise AssertionError(f"{pattern!r} did not appear in:\n{self.text()[-3000:]}")
+
+    def status(self) -> int:
+        """Return the exit status once the process has ended."""
+        try:
+            return self.process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running:\n{self.text()[-3000:]}") from None
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C: the signal goes to the whole process group, as a terminal sends it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path)
+    yield run
+    for process in run.started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_two_terminals_train_refuse_a_stranger_and_meet_a_restarted_actor(run):
+    learner = run.start("learner", "--steps=4", "--save_freq=2")
+    stranger = run.start("actor", "--steps=4", "--algorithm.gamma=0.9")
+    assert stranger.status() == 1
+    table = stranger.text()
+    assert re.search(r"config_hash +\w{64} +\w{64}", table)
+    assert "the same config file" in table
+    assert "Traceback" not in table
+    learner.wait_for("an actor refused this learner")
+    assert "config_hash" in learner.text()
+
+    killed = run.start("actor", "--steps=4")
+    killed.wait_for("policy version 1 applied")
+    killed.process.kill()
+    actor = run.start("actor", "--steps=4")
+    assert (learner.status(), actor.status()) == (0, 0), learner.text()[-3000:]
+
+    assert [r["iteration"] for r in run.metrics()] == [1, 2, 3, 4]
+    assert [r["policy_version"] for r in run.metrics()] == [0, 1, 2, 3]
+    assert all(r["train/ratio_max_dev_first"] < 1e-3 for r in run.metrics())
+    assert [r["episodes"] for r in run.metrics()] == [4, 8, 12, 16]
+    checkpoints = run.output_dir / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["000002", "000004", "last"]
+    assert run.last_step() == 4
+    config = read_json(checkpoints / "last/pretrained_model/config.json")
+    assert (config["type"], config["num_denoising_steps"], config["n_action_steps"]) == ("xvla", 4, 5)
+    assert "policy version 4 applied" in actor.text()
+    assert (run.output_dir / "learning_curve.png").stat().st_size > 1000
+
+
+def test_ctrl_c_ends_both_leaves_a_checkpoint_and_a_resume_goes_on(run):
+    learner = run.start("learner", "--steps=100000", "--save_freq=0")
+    actor = run.start("actor", "--steps=100000", "--algorithm.async_envs=true")
+    actor.wait_for("policy version 2 applied")
+    pressed = time.monotonic()
+    learner.interrupt()
+    assert learner.status() == 130
+    assert actor.status() == 1
+    assert time.monotonic() - pressed < 60
+    assert "the learner ended: the learner was interrupted" in actor.text()
+    assert "Traceback" not in learner.text() + actor.text()
+    done = run.last_step()
+    assert done >= 2
+
+    config = run.output_dir / "checkpoints/last/pretrained_model/train_config.json"
+    more = ("--resume=true", f"--steps={done + 2}")
+    learner = run.start("learner", *more, config=config)
+    actor = run.start("actor", *more, config=config)
+    assert (learner.status(), actor.status()) == (0, 0), learner.text()[-3000:] + actor.text()[-3000:]
+    assert run.last_step() == done + 2
+    assert [r["iteration"] for r in run.metrics()] == list(range(1, done + 3))
+    assert "policy version 0 applied" not in actor.text()
+
+
+def test_ctrl_c_on_an_actor_ends_it_alone(run):
+    learner = run.start("learner", "--steps=100000")
+    actor = run.start("actor", "--steps=100000", "--algorithm.async_envs=true")
+    actor.wait_for("policy version 1 applied")
+    actor.interrupt()
+    assert actor.status() == 130
+    assert "Traceback" not in actor.text()
+    assert learner.process.poll() is None
+    learner.interrupt()
+    assert learner.status() == 130
+
+
+def test_an_actor_without_a_learner_and_a_learner_without_a_port_end_with_a_sentence(run):
+    actor = run.start("actor", "--algorithm.wire.connect_timeout_s=1")
+    assert actor.status() == 1
+    assert f"no learner at 127.0.0.1:{run.port}" in actor.text()
+    assert not run.output_dir.exists()
+
+    first = run.start("learner")
+    first.wait_for("listening on")
+    second = run.start("learner", f"--output_dir={run.folder / 'other'}")
+    assert second.status() == 1
+    assert f"port {run.port} on 127.0.0.1 is taken" in second.text()
+    assert "Traceback" not in actor.text() + second.text()
+    assert not (run.folder / "other").exists()
+
+
+def test_a_learner_that_hears_nothing_fails_with_a_sentence_and_status_1(run):
+    learner = run.start("learner", "--algorithm.wire.rollout_timeout_s=1")
+    assert learner.status() == 1
+    assert "no rollout for 1 s with 0 actors connected" in learner.text()
+    assert "Traceback" not in learner.text()

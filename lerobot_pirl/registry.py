@@ -7,15 +7,16 @@ from typing import Any
 import importlib_metadata
 from importlib_metadata import EntryPoint
 
+from lerobot_pirl.startup.hook import SUPPORTED_LEROBOT, lerobot_supported
+
 RECIPES = "lerobot_pirl.recipes"
 POLICY_ADAPTERS = "lerobot_pirl.policy_adapters"
 CHECKPOINT_VALIDATORS = "lerobot_pirl.checkpoint_validators"
 GROUPS = (RECIPES, POLICY_ADAPTERS, CHECKPOINT_VALIDATORS)
-SUPPORTED_LEROBOT = "lerobot >= 0.6.1, < 0.7"
 
 
 class RegistryError(RuntimeError):
-    """An entry point is unknown, broken or there twice."""
+    """An entry point is unknown, broken or declared twice, or LeRobot is a version we do not know."""
 
 
 @dataclass(frozen=True)
@@ -36,38 +37,42 @@ class Recipe:
 
 
 def _origin(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+    try:
+        return f"{entry.dist.name} {entry.dist.version}"
+    except Exception:
+        return "a distribution without metadata"
 
 
-def find(group: str) -> dict[str, EntryPoint]:
-    """Return a group's entry points by name; nothing is imported.
+def find(group: str) -> list[EntryPoint]:
+    """Return a group's entry points, by name and then distribution; nothing is imported."""
+    found = {
+        (entry.name, _origin(entry), entry.value): entry
+        for entry in importlib_metadata.entry_points(group=group)
+    }
+    return [found[key] for key in sorted(found)]
 
-    Raises:
-        RegistryError: when two distributions declare one name.
-    """
-    found: dict[str, EntryPoint] = {}
-    for entry in importlib_metadata.entry_points(group=group):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value or _origin(other) != _origin(entry):
-            raise RegistryError(
-                f"'{entry.name}' is declared twice in {group}: by {_origin(other)} ({other.value}) and by "
-                f"{_origin(entry)} ({entry.value}); uninstall one of them"
-            )
-    return found
+
+def _find_one(group: str, name: str) -> EntryPoint:
+    entries = find(group)
+    chosen = [entry for entry in entries if entry.name == name]
+    if len(chosen) > 1:
+        by = " and ".join(f"{_origin(entry)} ({entry.value})" for entry in chosen)
+        raise RegistryError(f"'{name}' in {group} is declared by {by}; uninstall all but one of them")
+    if not chosen:
+        known = ", ".join(f"'{entry.name}' (from {_origin(entry)})" for entry in entries)
+        what = group.rpartition(".")[2].rstrip("s").replace("_", " ")
+        raise RegistryError(f"unknown {what} '{name}'; known are {known or 'none'}")
+    return chosen[0]
 
 
 def load(group: str, name: str) -> Any:
-    """Import and return one entry point's object; the others are left alone.
+    """Import and return one entry point's object; the others are left alone, broken or not.
 
     Raises:
-        RegistryError: for an unknown name, listing the known ones; for one that cannot be imported.
+        RegistryError: for an unknown name, listing the known ones; for one that two distributions declare; for one
+            that cannot be imported.
     """
-    entries = find(group)
-    if name not in entries:
-        known = ", ".join(f"'{known}' (from {_origin(entry)})" for known, entry in sorted(entries.items()))
-        what = group.rpartition(".")[2].rstrip("s").replace("_", " ")
-        raise RegistryError(f"unknown {what} '{name}'; known are {known or 'none'}")
-    entry = entries[name]
+    entry = _find_one(group, name)
     try:
         return entry.load()
     except Exception as error:
@@ -81,7 +86,7 @@ def recipe(name: str) -> Recipe:
     """Return a recipe; raises RegistryError also when the entry point is no :class:`Recipe`."""
     loaded = load(RECIPES, name)
     if not isinstance(loaded, Recipe):
-        entry = find(RECIPES)[name]
+        entry = _find_one(RECIPES, name)
         raise RegistryError(
             f"the entry point {name} = {entry.value} of {_origin(entry)} is a {type(loaded).__name__} instead of "
             "a lerobot_pirl.registry.Recipe"
@@ -101,16 +106,15 @@ def checkpoint_validator(name: str) -> Callable[[dict, dict, str, str], None]:
 
 def describe() -> list[tuple[str, str, str, str]]:
     """Return (group, name, value, distribution) of every entry point in our groups."""
-    return [
-        (group, name, entry.value, _origin(entry)) for group in GROUPS for name, entry in find(group).items()
-    ]
+    return [(group, entry.name, entry.value, _origin(entry)) for group in GROUPS for entry in find(group)]
 
 
 def check_lerobot_version() -> None:
     """Raise RegistryError when LeRobot is not a version this package knows."""
-    from lerobot_pirl.startup.hook import lerobot_supported
-
-    version = importlib_metadata.version("lerobot")
+    try:
+        version = importlib_metadata.version("lerobot")
+    except importlib_metadata.PackageNotFoundError:
+        version = "of an unknown version"
     if not lerobot_supported(version):
         raise RegistryError(
             f"lerobot {version} is installed, but this lerobot-pirl knows {SUPPORTED_LEROBOT}; "

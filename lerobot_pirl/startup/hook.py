@@ -7,7 +7,6 @@ or the command line selects a recipe. Standard library only, and nothing here ma
 
 import os
 import sys
-from importlib.util import spec_from_file_location
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 TARGETS = {
@@ -15,16 +14,20 @@ TARGETS = {
     "lerobot.rl.actor": os.path.join(_HERE, "actor_main.py"),
     "lerobot.scripts.lerobot_train": os.path.join(_HERE, "train_main.py"),
 }
+TRAIN_SCRIPT = "lerobot-train"
 DISABLE = "LEROBOT_PIRL_DISABLE"
+SUPPORTED_LEROBOT = "lerobot >= 0.6.1, < 0.7"
 
 
 def lerobot_supported(version: str) -> bool:
-    """Return whether ``version`` is in ``>= 0.6.1, < 0.7``."""
-    parts = version.split(".")
-    try:
-        return parts[:2] == ["0", "6"] and int("".join(filter(str.isdigit, parts[2]))) >= 1
-    except (IndexError, ValueError):
+    """Return whether ``version`` is in ``>= 0.6.1, < 0.7``; candidates of 0.6.1 come before it."""
+    import re
+
+    match = re.fullmatch(r"0\.6\.(\d+)(.*)", version)
+    if match is None:
         return False
+    patch, early = int(match[1]), re.match(r"[._-]?(a|b|c|rc|alpha|beta|pre|dev)", match[2])
+    return patch > 1 or (patch == 1 and not early)
 
 
 def _argument(argv: list[str], name: str) -> str | None:
@@ -39,6 +42,9 @@ def _argument(argv: list[str], name: str) -> str | None:
 def _read_config(path: str) -> dict:
     if os.path.isdir(path):
         path = os.path.join(path, "train_config.json")
+    # LeRobot takes any other path for a hub id; reading a pipe would leave it nothing
+    if not os.path.isfile(path):
+        return {}
     with open(path, encoding="utf-8") as file:
         if path.endswith((".yaml", ".yml")):
             import yaml
@@ -67,11 +73,31 @@ def selected_recipe(argv: list[str]) -> str | None:
     return recipe if isinstance(recipe, str) and recipe else None
 
 
+def _is_module_option(argument: str) -> bool:
+    """Whether the next argument is a module to run: ``-m``, or at the end of a cluster such as ``-um``."""
+    return argument.startswith("-") and not argument.startswith("--") and argument.endswith("m")
+
+
 def _command_runs(fullname: str, argv: list[str]) -> bool:
-    if ("-m", fullname) in zip(argv, argv[1:], strict=False):
+    """Return whether the command line runs this module.
+
+    The pair is looked for anywhere: ``cProfile -m``, ``coverage run -m`` and ``torchrun -m`` have it further on.
+    """
+    pairs = zip(argv, argv[1:], strict=False)
+    if any(following == fullname and _is_module_option(argument) for argument, following in pairs):
         return True
-    script = os.path.basename(argv[1]) if len(argv) > 1 else ""
-    return fullname == "lerobot.scripts.lerobot_train" and script in ("lerobot-train", "lerobot-train.exe")
+    if f"-m{fullname}" in argv:
+        return True
+    script = os.path.basename(sys.argv[0]).lower().removesuffix(".exe")
+    return fullname == "lerobot.scripts.lerobot_train" and script == TRAIN_SCRIPT
+
+
+def _stays_out(reason: object) -> None:
+    import contextlib
+
+    # stderr may be closed, or None under pythonw
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"lerobot-pirl stays out and LeRobot runs as it is: {reason}\n")
 
 
 def _version_known() -> bool:
@@ -79,11 +105,24 @@ def _version_known() -> bool:
 
     found = version("lerobot")
     if not lerobot_supported(found):
-        sys.stderr.write(
-            f"lerobot-pirl: lerobot {found} is not a version it knows (>= 0.6.1, < 0.7); LeRobot runs without it\n"
+        _stays_out(
+            f"lerobot {found} is installed, but this version knows {SUPPORTED_LEROBOT}; install one of those"
         )
         return False
     return True
+
+
+def _stand_in(fullname: str) -> object:
+    argv = sys.orig_argv
+    if not (_command_runs(fullname, argv) and selected_recipe(argv)):
+        return None
+    # one answer: later imports of the module get LeRobot's own
+    sys.meta_path.remove(Redirect)
+    if not _version_known():
+        return None
+    from importlib.util import spec_from_file_location
+
+    return spec_from_file_location(fullname, TARGETS[fullname])
 
 
 class Redirect:
@@ -95,18 +134,19 @@ class Redirect:
         if fullname not in TARGETS:
             return None
         try:
-            argv = sys.orig_argv
-            if not (_command_runs(fullname, argv) and selected_recipe(argv) and _version_known()):
-                return None
-            # later imports of the module get upstream's
-            sys.meta_path.remove(Redirect)
-            return spec_from_file_location(fullname, TARGETS[fullname])
-        except Exception:
+            return _stand_in(fullname)
+        except Exception as error:
+            _stays_out(f"{type(error).__name__}: {error}")
             return None
 
 
+def _concerned(argv: list[str]) -> bool:
+    """Return whether a command line names one of the targets; ``lerobot_pirl.pth`` asks the same."""
+    return any(name in argument for argument in argv for name in (*TARGETS, TRAIN_SCRIPT))
+
+
 def install() -> None:
-    """Put the finder first on ``sys.meta_path``, once; does nothing when switched off."""
-    if os.environ.get(DISABLE) == "1" or Redirect in sys.meta_path:
+    """Put the finder first on ``sys.meta_path``, once; does nothing when switched off or not concerned."""
+    if os.environ.get(DISABLE) == "1" or Redirect in sys.meta_path or not _concerned(sys.orig_argv):
         return
     sys.meta_path.insert(0, Redirect)

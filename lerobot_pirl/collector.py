@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ from lerobot_pirl.rollout import Rollout, derive_seed
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """Which episode to run: a task and one of its initial states."""
+    """Which episode to run: its number in the walk, a task and one of its initial states."""
 
+    number: int
     task_id: int
     init_state_id: int
 
@@ -32,17 +34,19 @@ def episode_specs(num_init_states: dict[int, int], start: int, count: int) -> li
     specs = []
     for number in range(start, start + count):
         task_id = task_ids[number % len(task_ids)]
-        specs.append(EpisodeSpec(task_id, number // len(task_ids) % num_init_states[task_id]))
+        specs.append(EpisodeSpec(number, task_id, number // len(task_ids) % num_init_states[task_id]))
     return specs
 
 
-@dataclass
+@dataclass(eq=False)
 class _Episode:
-    """Rows of one running episode."""
+    """An episode to run, and what has become of it."""
 
     spec: EpisodeSpec
+    seed: int
     rows: list[dict[str, Any]] = field(default_factory=list)
     final_features: Features | None = None
+    done: bool = False
     success: bool = False
     env_steps: int = 0
 
@@ -73,142 +77,135 @@ class Collector:
         self.seed = seed
         self.on_progress = on_progress or (lambda finished, successes: None)
         self.tasks = [""] * envs.num_envs
+        self._seconds: dict[str, float] = {}
 
     def collect(self, specs: list[EpisodeSpec], policy_version: int) -> Rollout:
         """Run the episodes with the policy as it is; finished environments take the next one in the list."""
         started = time.perf_counter()
+        self._seconds = {"env_s": 0.0, "inference_s": 0.0}
         generator = torch.Generator().manual_seed(derive_seed(self.seed, policy_version))
-        seconds = {"env_s": 0.0, "inference_s": 0.0}
+        episodes = [_Episode(spec, derive_seed(self.seed, policy_version, spec.number)) for spec in specs]
+        waiting = list(episodes)
         slots: list[_Episode | None] = [None] * self.envs.num_envs
-        pending = iter(specs)
-        episodes: list[_Episode] = []
-        observation = self._fill(slots, pending, episodes, None, seconds)
-        finished = successes = 0
-        flips: list[float] = []
-        while any(slots):
-            active = [i for i, episode in enumerate(slots) if episode is not None]
-            clock = time.perf_counter()
-            features = self._encode(observation, active)
-            sample = sample_actions(self.adapter, features, self.last_step_prob, generator)
-            actions = self._actions(sample, active)
-            seconds["inference_s"] += time.perf_counter() - clock
-            flips += sample.gripper_flips.tolist()
-            clock = time.perf_counter()
-            observation, rewards, _, _, infos = self.envs.step(actions)
-            seconds["env_s"] += time.perf_counter() - clock
-            out_of_time = []
-            for row, i in enumerate(active):
-                episode = slots[i]
-                terminated = bool(infos["terminated"][i])
-                episode.rows.append(_row(features, sample, row, rewards[i], terminated))
-                episode.env_steps += int(infos["n_steps"][i])
-                if terminated or infos["truncated"][i]:
-                    episode.success = bool(infos["is_success"][i])
-                    finished += 1
-                    successes += episode.success
-                    slots[i] = None
-                    if not terminated:
-                        out_of_time.append((i, episode))
-            if out_of_time:
-                clock = time.perf_counter()
-                final = self._encode(observation, [i for i, _ in out_of_time])
-                for j, (_, episode) in enumerate(out_of_time):
-                    episode.final_features = {name: value[j : j + 1].cpu() for name, value in final.items()}
-                seconds["inference_s"] += time.perf_counter() - clock
-            observation = self._fill(slots, pending, episodes, observation, seconds)
-            self.on_progress(finished, successes)
+        observation = self._start_episodes(slots, waiting, None)
+        gripper_flips = 0.0
+        while not all(episode.done for episode in episodes):
+            active = [i for i, episode in enumerate(slots) if episode is not None and not episode.done]
+            with self._timed("inference_s"):
+                features = self._encode(observation, active)
+                sample = sample_actions(self.adapter, features, self.last_step_prob, generator)
+                actions = self._environment_actions(sample, active)
+                rows = _split_rows(features, sample)
+            gripper_flips += float(sample.gripper_flips.sum())
+            with self._timed("env_s"):
+                observation, rewards, _, _, infos = self.envs.step(actions)
+            for i, row in zip(active, rows, strict=True):
+                _record(slots[i], row, float(rewards[i]), {name: values[i] for name, values in infos.items()})
+            with self._timed("inference_s"):
+                self._keep_final_features(slots, [i for i in active if infos["truncated"][i]], observation)
+            observation = self._start_episodes(slots, waiting, observation)
+            self.on_progress(sum(e.done for e in episodes), sum(e.success for e in episodes))
         rollout = _assemble(episodes, policy_version)
-        rollout.stats = seconds | {
-            "collect_s": time.perf_counter() - started,
-            "gripper_flips": float(np.sum(flips)),
-        }
+        elapsed = time.perf_counter() - started
+        rollout.stats = self._seconds | {"collect_s": elapsed, "gripper_flips": gripper_flips}
         return rollout
 
-    def _fill(
-        self,
-        slots: list[_Episode | None],
-        pending: Iterator[EpisodeSpec],
-        episodes: list[_Episode],
-        observation: Any,
-        seconds: dict[str, float],
+    def _start_episodes(
+        self, slots: list[_Episode | None], waiting: list[_Episode], observation: Any | None
     ) -> Any:
-        """Start the next episodes in free slots and return the observation of all slots."""
+        """Start waiting episodes in free slots and return the observation of all slots."""
         mask = np.zeros(len(slots), dtype=bool)
-        for i, episode in enumerate(slots):
-            if episode is not None:
-                continue
-            spec = next(pending, None)
-            if spec is None:
-                continue
-            slots[i] = _Episode(spec)
-            episodes.append(slots[i])
-            mask[i] = True
-        first = observation is None
+        for i, previous in enumerate(slots):
+            if waiting and (previous is None or previous.done):
+                slots[i] = _take(waiting, previous)
+                mask[i] = True
         if not mask.any():
             return observation
-        clock = time.perf_counter()
-        # a slot without an episode of its own keeps the spec it has; the first reset must cover all slots
-        self._set_specs([slot.spec if slot else None for slot in slots], mask)
-        seeds = [derive_seed(self.seed, *_key(slot)) for slot in slots]
-        options = None if first else {"reset_mask": mask}
-        observation, _ = self.envs.reset(seed=seeds, options=options)
-        descriptions = self.envs.get_attr("task_description")
-        self.tasks = [str(description) for description in descriptions]
-        seconds["env_s"] += time.perf_counter() - clock
+        # the first reset covers every slot, also one for which there is no episode
+        episodes = [slot or slots[0] for slot in slots]
+        options = None if observation is None else {"reset_mask": mask}
+        with self._timed("env_s"):
+            self.envs.set_attr("task_id", [episode.spec.task_id for episode in episodes])
+            self.envs.set_attr("init_state_id", [episode.spec.init_state_id for episode in episodes])
+            observation, infos = self.envs.reset(seed=[episode.seed for episode in episodes], options=options)
+        for i in np.flatnonzero(mask):
+            self.tasks[i] = infos["task"][i]
         return observation
 
-    def _set_specs(self, specs: list[EpisodeSpec | None], mask: np.ndarray) -> None:
-        for name in ("task_id", "init_state_id"):
-            current = list(self.envs.get_attr(name))
-            wanted = [
-                getattr(spec, name) if chosen and spec is not None else old
-                for spec, chosen, old in zip(specs, mask, current, strict=True)
-            ]
-            self.envs.set_attr(name, wanted)
-
-    def _encode(self, observation: Any, rows: list[int]) -> Features:
-        selected = _select(observation, rows)
-        batch = self.adapter.prepare_observation(selected, [self.tasks[i] for i in rows])
+    def _encode(self, observation: Any, slots: list[int]) -> Features:
+        selected = _select(observation, slots)
+        batch = self.adapter.prepare_observation(selected, [self.tasks[i] for i in slots])
         return self.adapter.encode(batch)
 
-    def _actions(self, sample: ActionSample, active: list[int]) -> np.ndarray:
+    def _environment_actions(self, sample: ActionSample, active: list[int]) -> np.ndarray:
+        """Return actions of all slots; those without an episode ignore theirs."""
         actions = self.adapter.environment_actions(sample.actions).numpy()
-        full = np.zeros((self.envs.num_envs, *actions.shape[1:]), dtype=np.float32)
-        full[active] = actions
-        return full
+        padded = np.zeros((self.envs.num_envs, *actions.shape[1:]), dtype=np.float32)
+        padded[active] = actions
+        return padded
+
+    def _keep_final_features(
+        self, slots: list[_Episode | None], truncated: list[int], observation: Any
+    ) -> None:
+        """Encode the observations in which episodes ran out of time, before their slots are reset."""
+        if not truncated:
+            return
+        features = self._encode(observation, truncated)
+        for row, i in enumerate(truncated):
+            slots[i].final_features = {name: value[row : row + 1].cpu() for name, value in features.items()}
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
 
 
-def _key(episode: _Episode | None) -> tuple[int, int]:
-    return (episode.spec.task_id, episode.spec.init_state_id) if episode else (0, 0)
+def _take(waiting: list[_Episode], previous: _Episode | None) -> _Episode:
+    """Remove and return the first episode of the previous one's task, else the first: a new task costs a build."""
+    same = [e for e in waiting if previous is not None and e.spec.task_id == previous.spec.task_id]
+    episode = (same or waiting)[0]
+    waiting.remove(episode)
+    return episode
 
 
-def _select(observation: Any, rows: list[int]) -> Any:
+def _select(observation: Any, slots: list[int]) -> Any:
     if isinstance(observation, dict):
-        return {key: _select(value, rows) for key, value in observation.items()}
-    return observation[rows]
+        return {key: _select(value, slots) for key, value in observation.items()}
+    return observation[slots]
 
 
-def _row(
-    features: Features, sample: ActionSample, row: int, reward: float, terminated: bool
-) -> dict[str, Any]:
-    return {
-        "features": {name: value[row : row + 1].cpu() for name, value in features.items()},
-        "chain": sample.chain[row : row + 1].cpu(),
-        "step_index": sample.step_index[row : row + 1].cpu(),
-        "gripper": sample.gripper[row : row + 1].cpu(),
-        "log_prob": sample.log_prob[row : row + 1].cpu(),
-        "rewards": torch.tensor([float(reward)]),
-        "terminated": torch.tensor([bool(terminated)]),
+def _split_rows(features: Features, sample: ActionSample) -> list[dict[str, Any]]:
+    """Return a row per sample, on the CPU, every tensor with a batch axis of 1."""
+    features = {name: value.cpu() for name, value in features.items()}
+    decision = {
+        "chain": sample.chain.cpu(),
+        "step_index": sample.step_index.cpu(),
+        "gripper": sample.gripper.cpu(),
+        "log_prob": sample.log_prob.cpu(),
     }
+
+    def row(i: int) -> dict[str, Any]:
+        kept = {name: value[i : i + 1] for name, value in features.items()}
+        return {"features": kept} | {name: value[i : i + 1] for name, value in decision.items()}
+
+    return [row(i) for i in range(len(sample.log_prob))]
+
+
+def _record(episode: _Episode, row: dict[str, Any], reward: float, info: dict[str, Any]) -> None:
+    """Add an executed chunk to its episode."""
+    terminated = bool(info["terminated"])
+    outcome = {"rewards": torch.tensor([reward]), "terminated": torch.tensor([terminated])}
+    episode.rows.append(row | outcome)
+    episode.env_steps += int(info["n_steps"])
+    episode.success = bool(info["is_success"])
+    episode.done = terminated or bool(info["truncated"])
 
 
 def _assemble(episodes: list[_Episode], policy_version: int) -> Rollout:
     rows = [row for episode in episodes for row in episode.rows]
     finals = [episode.final_features for episode in episodes if episode.final_features is not None]
     names = list(rows[0]["features"])
-
-    def stacked(key: str) -> Tensor:
-        return torch.cat([row[key] for row in rows])
 
     def per_episode(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
@@ -220,7 +217,7 @@ def _assemble(episodes: list[_Episode], policy_version: int) -> Rollout:
         policy_version=policy_version,
         features={name: torch.cat([row["features"][name] for row in rows]) for name in names},
         final_features={name: final(name) for name in names},
-        **{key: stacked(key) for key in rows[0] if key != "features"},
+        **{key: torch.cat([row[key] for row in rows]) for key in rows[0] if key != "features"},
         episode_lengths=per_episode([len(episode.rows) for episode in episodes]),
         task_id=per_episode([episode.spec.task_id for episode in episodes]),
         init_state_id=per_episode([episode.spec.init_state_id for episode in episodes]),

@@ -1,6 +1,4 @@
-"""Is LIBERO usable on this machine? What must be in place before its import, and what `doctor` reports."""
-
-from __future__ import annotations
+"""Is LIBERO usable on this machine? What must be in place before its import, and what ``doctor`` reports."""
 
 import ctypes
 import ctypes.util
@@ -10,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -45,15 +44,15 @@ if frame.max() == frame.min():
 def prepare_libero(allow_download: bool = True) -> None:
     """Put in place what hf-libero needs, before anything imports it. Safe to call again and in every process.
 
-    Writes hf-libero's config file if there is none (its import would ask on stdin), defaults `MUJOCO_GL` to
-    `egl` on Linux and `LP_NUM_THREADS` to 1 (several software renderers on one machine would fight for the
+    Writes hf-libero's config file if there is none (its import would ask on stdin), defaults ``MUJOCO_GL`` to
+    ``egl`` on Linux and ``LP_NUM_THREADS`` to 1 (several software renderers on one machine would fight for the
     cores), and fetches the assets from the Hub if they are nowhere.
 
     Args:
         allow_download: fetch missing assets from the Hub; otherwise they are an error.
 
     Raises:
-        RuntimeError: the package, the assets or the GL library is missing, or the config file points nowhere.
+        RuntimeError: when the package, the assets or the GL library is missing, or the config file points nowhere.
     """
     package = libero_package_dir()
     os.environ.setdefault("LP_NUM_THREADS", "1")
@@ -69,7 +68,7 @@ def prepare_libero(allow_download: bool = True) -> None:
 
 
 def check_libero() -> list[tuple[str, bool, str]]:
-    """Rows (what, is it well, detail) on package, config file, assets and GL; changes nothing and never raises."""
+    """Return rows (what, is it well, detail) on package, config file, assets and GL; changes and raises nothing."""
     rows = [_row("LIBERO package", lambda: str(libero_package_dir()))]
     if not rows[0][1]:
         return rows
@@ -80,10 +79,10 @@ def check_libero() -> list[tuple[str, bool, str]]:
 
 
 def libero_package_dir() -> Path:
-    """hf-libero's inner package folder, found without importing it.
+    """Return hf-libero's inner package folder, found without importing it.
 
     Raises:
-        RuntimeError: it is not installed.
+        RuntimeError: when it is not installed.
     """
     spec = importlib.util.find_spec("libero")
     for parent in (spec.submodule_search_locations or []) if spec else []:
@@ -91,17 +90,21 @@ def libero_package_dir() -> Path:
         if (folder / "__init__.py").is_file():
             return folder
     raise RuntimeError(
-        "The LIBERO package is not installed but env.type is 'libero': pip install \"lerobot-pirl[libero]\"."
+        "the LIBERO package is not installed but env.type is 'libero'; pip install \"lerobot-pirl[libero]\""
     )
 
 
 def config_file() -> Path:
-    """hf-libero's config file: `$LIBERO_CONFIG_PATH/config.yaml`, by default `~/.libero/config.yaml`."""
+    """Return hf-libero's config file: ``$LIBERO_CONFIG_PATH/config.yaml``, by default ``~/.libero/config.yaml``."""
     return Path(os.environ.get("LIBERO_CONFIG_PATH", os.path.expanduser("~/.libero"))) / "config.yaml"
 
 
 def write_libero_config(package: Path) -> None:
-    """Write hf-libero's default config file unless there is one; two processes may do it at once."""
+    """Write hf-libero's default config file unless there is one; two processes may do it at once.
+
+    Raises:
+        RuntimeError: when the folder cannot be written to.
+    """
     target = config_file()
     if target.exists():
         return
@@ -112,10 +115,16 @@ def write_libero_config(package: Path) -> None:
         "datasets": str(package.parent / "datasets"),
         "assets": str(package / "assets"),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".yaml", delete=False) as handle:
-        yaml.safe_dump(paths, handle)
-    os.replace(handle.name, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".yaml", delete=False) as handle:
+            yaml.safe_dump(paths, handle)
+        os.replace(handle.name, target)
+    except OSError as error:
+        raise RuntimeError(
+            f"LIBERO's config file {target} cannot be written ({error.strerror}); point LIBERO_CONFIG_PATH at a "
+            "folder that can"
+        ) from error
     logger.info("wrote LIBERO's config file %s", target)
 
 
@@ -123,28 +132,29 @@ def check_libero_config() -> None:
     """See that the config file's folders exist.
 
     Raises:
-        RuntimeError: one does not, as after a virtual environment was moved or deleted.
+        RuntimeError: when one does not, as after a virtual environment was moved or deleted.
     """
-    content = yaml.safe_load(config_file().read_text())
+    try:
+        content = yaml.safe_load(config_file().read_text())
+    except yaml.YAMLError:
+        content = None
     paths = content if isinstance(content, dict) else {}
     for key in ("benchmark_root", "bddl_files", "init_states"):
-        if not Path(str(paths.get(key, ""))).is_dir() or key not in paths:
+        if key not in paths or not Path(str(paths[key])).is_dir():
             raise RuntimeError(
-                f"LIBERO's config file {config_file()} has {key} = {paths.get(key)!r}, which is no folder: "
-                "delete the "
-                "file and it is written anew, or point LIBERO_CONFIG_PATH at another folder."
+                f"LIBERO's config file {config_file()} has {key}={paths.get(key)!r}, which is no folder; delete the "
+                "file and it is written anew, or point LIBERO_CONFIG_PATH at another folder"
             )
 
 
 def assets_dir() -> Path:
-    """Where hf-libero takes its meshes and textures from: inside its package if there, else
-    `~/.cache/libero/assets`."""
+    """Return where hf-libero takes its meshes from: its package if they are there, else ``~/.cache/libero/assets``."""
     packaged = libero_package_dir() / "assets"
     return packaged if packaged.exists() else Path(os.path.expanduser("~")) / ".cache" / "libero" / "assets"
 
 
 def missing_assets(folder: Path) -> list[str]:
-    """The asset subfolders that are absent or empty in `folder`."""
+    """Return the asset subfolders that are absent or empty in ``folder``."""
     return [name for name in ASSET_FOLDERS if not any((folder / name).glob("*"))]
 
 
@@ -152,7 +162,7 @@ def download_assets() -> None:
     """Fetch the assets from the Hub to where hf-libero looks for them.
 
     Raises:
-        RuntimeError: the Hub cannot be reached or the copy is incomplete.
+        RuntimeError: when the Hub cannot be reached or the copy is incomplete.
     """
     from huggingface_hub import snapshot_download
 
@@ -161,23 +171,22 @@ def download_assets() -> None:
     try:
         snapshot_download(repo_id=ASSETS_REPO, repo_type="dataset", local_dir=folder)
     except Exception as error:
-        raise RuntimeError(_assets_message()) from error
+        raise RuntimeError(f"{_assets_message()} (the download failed: {error})") from error
     if missing_assets(folder):
         raise RuntimeError(_assets_message())
 
 
 def check_gl_library() -> None:
-    """See that the library behind `MUJOCO_GL` can be found (Linux only: other systems bring theirs).
+    """See that the library behind ``MUJOCO_GL`` can be found (Linux only: other systems bring theirs).
 
     Raises:
-        RuntimeError: it cannot.
+        RuntimeError: when it cannot.
     """
     backend = os.environ.get("MUJOCO_GL", "").lower()
     if sys.platform != "linux" or backend not in GL_LIBRARIES or _library_found(GL_LIBRARIES[backend]):
         return
     raise RuntimeError(
-        f"MUJOCO_GL is '{backend}' but the library lib{GL_LIBRARIES[backend]} is missing: "
-        f"{_gl_remedy(backend)}."
+        f"MUJOCO_GL is {backend!r} but the library lib{GL_LIBRARIES[backend]} is missing; {_gl_remedy(backend)}"
     )
 
 
@@ -188,7 +197,7 @@ def rendered_frame() -> str:
         A sentence on the backend that worked.
 
     Raises:
-        RuntimeError: no frame came back.
+        RuntimeError: when no frame came back.
     """
     backend = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "")
     environment = {**os.environ, **({"MUJOCO_GL": backend} if backend else {})}
@@ -203,9 +212,8 @@ def rendered_frame() -> str:
         failure, status = f"no frame within {GL_CHECK_TIMEOUT_S} s", 1
     if status != 0:
         raise RuntimeError(
-            f"MuJoCo rendered no frame with MUJOCO_GL={backend or 'unset'} (exit status {status}: "
-            f"{failure}): "
-            f"{_gl_remedy(backend)}."
+            f"MuJoCo rendered no frame with MUJOCO_GL={backend or 'unset'} (exit status {status}: {failure}); "
+            f"{_gl_remedy(backend)}"
         )
     return f"rendered a frame with MUJOCO_GL={backend or 'the default'}"
 
@@ -230,9 +238,8 @@ def _gl_remedy(backend: str) -> str:
 def _assets_message() -> str:
     folder = assets_dir()
     return (
-        f"LIBERO's assets are missing in {folder} (absent or empty: {', '.join(missing_assets(folder))}): "
-        "download the "
-        f"dataset {ASSETS_REPO} from the Hugging Face Hub and put it there, or link that folder to a copy."
+        f"LIBERO's assets are missing in {folder} (absent or empty: {', '.join(missing_assets(folder))}); download "
+        f"the dataset {ASSETS_REPO} from the Hugging Face Hub and put it there, or link that folder to a copy"
     )
 
 
@@ -249,7 +256,7 @@ def _assets_detail() -> str:
     return str(assets_dir())
 
 
-def _row(name: str, detail) -> tuple[str, bool, str]:
+def _row(name: str, detail: Callable[[], str]) -> tuple[str, bool, str]:
     try:
         return name, True, detail()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""LeRobot's `LiberoEnv`, rendering only the frames that a policy looks at.
+"""LeRobot's ``LiberoEnv``, rendering only the frames that a policy looks at.
 
 Rendering is over 90 % of a LIBERO step without a GPU. robosuite samples a camera a fixed number of substeps
 into a control step, so a frame rendered afterwards is not the frame that stepping gives. Here the camera
@@ -6,36 +6,23 @@ observables stay enabled and keep their timers; only their sensor answers with t
 looks. Frames, physics, proprioception and rewards are then bit-identical with the stock environment's.
 """
 
-from __future__ import annotations
-
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from lerobot.envs.configs import LiberoEnv as LiberoEnvConfig
 
-from lerobot_pirl.envs.check import check_libero, prepare_libero
-
-if TYPE_CHECKING:
-    from lerobot.envs.configs import LiberoEnv as LiberoEnvConfig
-
-__all__ = [
-    "LazyCameras",
-    "check_libero",
-    "fast_libero_class",
-    "make_libero_task_env",
-    "prepare_libero",
-    "selected_tasks",
-]
+from lerobot_pirl.envs.check import prepare_libero
 
 ROBOSUITE_HORIZON = 1000
 
 
 class LazyCameras:
-    """Stands in for `OffScreenRenderEnv` inside `LiberoEnv` and decides which control steps render.
+    """Stand-in for ``OffScreenRenderEnv`` inside ``LiberoEnv`` that decides which control steps render.
 
     Args:
         env: hf-libero's environment, already built.
-        camera_names: names of the camera observables, such as `agentview_image`.
+        camera_names: names of the camera observables, such as ``agentview_image``.
         settle_steps: number of steps after a reset of which only the last renders.
 
     Attributes:
@@ -55,7 +42,7 @@ class LazyCameras:
 
     def reset(self) -> dict:
         """Reset; a hard reset makes new sensors, so the cameras are bound again each time."""
-        self._rendering = True
+        self._rendering = self._settle_steps == 0
         observation = self._inner.reset()
         self._bind()
         self._settle_left = self._settle_steps
@@ -67,7 +54,7 @@ class LazyCameras:
         return self._inner.set_init_state(state)
 
     def step(self, action: Any) -> tuple:
-        """One control step; during settling the last step alone renders, later `enabled` says."""
+        """Take a control step; during settling the last step alone renders, later ``enabled`` says."""
         if self._settle_left > 0:
             self._settle_left -= 1
             self._rendering = self._settle_left == 0
@@ -95,27 +82,21 @@ class LazyCameras:
 
 @cache
 def fast_libero_class() -> type:
-    """The class `FastLiberoEnv`; built on first use because its base imports hf-libero and robosuite (10 s).
+    """Return the class ``FastLiberoEnv``, built on first use: its base imports hf-libero and robosuite (10 s).
 
     Raises:
-        RuntimeError: LIBERO is not usable here (see `prepare_libero`).
+        RuntimeError: when LIBERO is not usable here (see :func:`lerobot_pirl.envs.check.prepare_libero`).
     """
     prepare_libero()
     from lerobot.envs.libero import LiberoEnv
 
     class FastLiberoEnv(LiberoEnv):
-        """`LiberoEnv` with `render_enabled`: while it is False, observations repeat the last frames."""
+        """``LiberoEnv`` with ``render_enabled``: while it is False, observations repeat the last frames."""
 
         @property
         def hard_step_limit(self) -> int:
-            """Steps after which robosuite ends an episode by itself: its horizon counts the settle steps
-            too."""
+            """Steps that robosuite allows in an episode: its horizon counts the settle steps too."""
             return ROBOSUITE_HORIZON - self.num_steps_wait
-
-        @property
-        def num_init_states(self) -> int:
-            """Number of fixed initial states; 1 if `init_states` is off."""
-            return 1 if self._init_states is None else len(self._init_states)
 
         @property
         def render_enabled(self) -> bool:
@@ -147,19 +128,19 @@ def _suite(name: str) -> Any:
     suites = benchmark.get_benchmark_dict()
     if name not in suites:
         raise ValueError(
-            f"env.task names '{name}' but LIBERO has {', '.join(sorted(suites))}: use one of them."
+            f"env.task names {name!r}, but LIBERO has the suites {', '.join(sorted(suites))}; use one of them"
         )
     return suites[name]()
 
 
 def selected_tasks(env_cfg: LiberoEnvConfig) -> dict[int, tuple[str, int]]:
-    """Task id -> (suite name, task number in the suite) of every task this config runs.
+    """Return task id -> (suite name, task number in the suite) of every task this config runs.
 
     With one suite the id is the suite's own number; a further suite counts on from the end of the one before.
-    `env.task_ids` selects numbers within each suite, as in LeRobot.
+    ``env.task_ids`` selects numbers within each suite, as in LeRobot.
 
     Raises:
-        ValueError: on an unknown suite or a number outside of it.
+        ValueError: when a suite is unknown or a number is outside of it.
     """
     tasks: dict[int, tuple[str, int]] = {}
     offset = 0
@@ -168,36 +149,36 @@ def selected_tasks(env_cfg: LiberoEnvConfig) -> dict[int, tuple[str, int]]:
         for number in range(total) if env_cfg.task_ids is None else sorted(set(env_cfg.task_ids)):
             if not 0 <= number < total:
                 raise ValueError(
-                    f"env.task_ids holds {number} but suite '{name}' has tasks 0 to {total - 1}: remove it."
+                    f"env.task_ids={env_cfg.task_ids} holds {number}, but the suite {name!r} has the tasks 0 to "
+                    f"{total - 1}; remove it"
                 )
             tasks[offset + number] = (name, number)
         offset += total
     if not tasks:
         raise ValueError(
-            f"env.task '{env_cfg.task}' with env.task_ids {env_cfg.task_ids} selects no task: name one."
+            f"env.task={env_cfg.task!r} with env.task_ids={env_cfg.task_ids} selects no task; name one"
         )
     return tasks
 
 
 def task_language(env_cfg: LiberoEnvConfig, task_id: int) -> str:
-    """The sentence that describes a task."""
+    """Return the sentence that describes a task."""
     name, number = selected_tasks(env_cfg)[task_id]
     return _suite(name).get_task(number).language
 
 
 def count_init_states(env_cfg: LiberoEnvConfig, task_id: int) -> int:
-    """Number of fixed initial states of a task; 1 if `env.init_states` is off."""
+    """Return the number of fixed initial states of a task; 1 if ``env.init_states`` is off."""
     if not env_cfg.init_states:
         return 1
     name, number = selected_tasks(env_cfg)[task_id]
-    prepare_libero()
     from lerobot.envs.libero import get_task_init_states
 
     return len(get_task_init_states(_suite(name), number, is_libero_plus=env_cfg.is_libero_plus))
 
 
 def make_libero_task_env(env_cfg: LiberoEnvConfig, task_id: int) -> Any:
-    """Build the `FastLiberoEnv` of one task; the simulator itself starts at the first reset."""
+    """Return the ``FastLiberoEnv`` of one task; the simulator itself starts at the first reset."""
     env_class = fast_libero_class()
     name, number = selected_tasks(env_cfg)[task_id]
     kwargs = {key: value for key, value in env_cfg.gym_kwargs.items() if key != "task_ids"}
@@ -213,10 +194,3 @@ def make_libero_task_env(env_cfg: LiberoEnvConfig, task_id: int) -> Any:
         is_libero_plus=env_cfg.is_libero_plus,
         **kwargs,
     )
-
-
-def __getattr__(name: str) -> Any:
-    """`FastLiberoEnv` under its own name, without making this module's import need LIBERO."""
-    if name == "FastLiberoEnv":
-        return fast_libero_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,7 +35,7 @@ class TaskSpec:
     """What tells one tabletop task from another.
 
     Attributes:
-        name: the task's name in `env.task`.
+        name: the task's name in ``env.task``.
         description: the sentence given to the policy.
         max_steps: default step limit of an episode.
         spread: half-width in metres of the square in which the object starts.
@@ -65,7 +65,7 @@ class TabletopState:
         eef: end effector position (x, y, z), metres.
         quat: end effector orientation (x, y, z, w), unit norm.
         closure: 0 = gripper open, 1 = closed.
-        closure_rate: change of `closure` in the last step.
+        closure_rate: change of ``closure`` in the last step.
         target: centre of the disc (reach) or of the cube (pickup), metres.
         grip: cube centre minus end effector while the cube is held, otherwise None.
     """
@@ -79,7 +79,7 @@ class TabletopState:
 
 
 def sample_state(task: TaskSpec, rng: np.random.Generator) -> TabletopState:
-    """Draw an initial state: object in the task's square, end effector near `START_EEF`, gripper open."""
+    """Draw an initial state: object in the task's square, end effector near ``START_EEF``, gripper open."""
     x, y = rng.uniform(-task.spread, task.spread, size=2).tolist()
     jitter = rng.uniform(-START_JITTER, START_JITTER, size=3).tolist()
     eef = tuple(a + b for a, b in zip(START_EEF, jitter, strict=True))
@@ -87,22 +87,21 @@ def sample_state(task: TaskSpec, rng: np.random.Generator) -> TabletopState:
 
 
 def init_state(task: TaskSpec, init_state_id: int) -> TabletopState:
-    """The fixed initial state number `init_state_id % NUM_INIT_STATES`, the same in every process."""
+    """Return the fixed initial state number ``init_state_id % NUM_INIT_STATES``, the same in every process."""
     return sample_state(task, np.random.default_rng([task.seed, init_state_id % NUM_INIT_STATES]))
 
 
 def advance(task: TaskSpec, state: TabletopState, action: Sequence[float]) -> TabletopState:
-    """One environment step.
+    """Return the state after one environment step.
+
+    A closing gripper takes two steps; the cube is grasped only in the step in which the gripper shuts, and only if
+    it is within reach then, so closing too early needs reopening.
 
     Args:
-        task: the task (only its object height is used).
+        task: the task.
         state: the state before the step.
         action: 7 finite numbers: absolute position (m), absolute orientation (axis-angle, rad), gripper (> 0
-        closes).
-
-    Returns:
-        The next state. A closing gripper takes two steps; the cube is grasped only in the step in which the
-        gripper shuts, and only if it is within reach then, so closing too early needs reopening.
+            closes).
     """
     eef = _move(state.eef, action)
     quat = turn_towards(state.quat, (action[3], action[4], action[5]))
@@ -121,15 +120,14 @@ def advance(task: TaskSpec, state: TabletopState, action: Sequence[float]) -> Ta
 
 
 def is_success(task: TaskSpec, state: TabletopState) -> bool:
-    """Reach: xy within 3 cm of the disc's centre. Pickup: the held cube is at least 6 cm above its rest
-    height."""
+    """Return whether xy is within 3 cm of the disc (reach), or the held cube 6 cm above its rest height (pickup)."""
     if task.name == "reach":
         return math.dist(state.eef[:2], state.target[:2]) <= REACH_RADIUS
     return state.grip is not None and state.target[2] - task.object_z >= LIFT_HEIGHT
 
 
 def expert(task: TaskSpec, state: TabletopState) -> np.ndarray:
-    """The scripted expert's action, float32 [7] (metres, radians, gripper -1 open / +1 close)."""
+    """Return the scripted expert's action, float32 ``[7]`` (metres, radians, gripper -1 open / +1 close)."""
     x, y, z = state.target
     if task.name == "reach":
         return np.array([x, y, 0.10, 0, 0, 0, -1], np.float32)
@@ -144,7 +142,7 @@ def expert(task: TaskSpec, state: TabletopState) -> np.ndarray:
 
 
 def expert_actions(task: TaskSpec, state: TabletopState, n_steps: int) -> np.ndarray:
-    """The expert's next `n_steps` actions from `state`, float32 [n_steps, 7]."""
+    """Return the expert's next ``n_steps`` actions from ``state``, float32 ``[n_steps, 7]``."""
     actions = np.empty((n_steps, 7), np.float32)
     for step in range(n_steps):
         actions[step] = expert(task, state)
@@ -153,7 +151,7 @@ def expert_actions(task: TaskSpec, state: TabletopState, n_steps: int) -> np.nda
 
 
 def quat_to_mat(quat: Quat) -> np.ndarray:
-    """Rotation matrix [3, 3] (float64) of a unit quaternion (x, y, z, w)."""
+    """Return the rotation matrix ``[3, 3]`` (float64) of a unit quaternion (x, y, z, w)."""
     x, y, z, w = quat
     return np.array(
         [
@@ -165,7 +163,7 @@ def quat_to_mat(quat: Quat) -> np.ndarray:
 
 
 def axis_angle_to_quat(axis_angle: Sequence[float]) -> Quat:
-    """Unit quaternion (x, y, z, w) of an axis-angle vector in radians."""
+    """Return the unit quaternion (x, y, z, w) of an axis-angle vector in radians."""
     ax, ay, az = axis_angle
     angle = math.sqrt(ax * ax + ay * ay + az * az)
     if angle < 1e-9:
@@ -175,7 +173,7 @@ def axis_angle_to_quat(axis_angle: Sequence[float]) -> Quat:
 
 
 def turn_towards(quat: Quat, axis_angle: Vec3, max_angle: float = MAX_TURN) -> Quat:
-    """Rotate `quat` towards the commanded orientation by at most `max_angle` radians, the short way round."""
+    """Return ``quat`` turned towards the commanded orientation by at most ``max_angle`` radians, the short way."""
     target = axis_angle_to_quat(axis_angle)
     x, y, z, w = _quat_mul(target, (-quat[0], -quat[1], -quat[2], quat[3]))
     if w < 0:

@@ -22,7 +22,7 @@ FINGER_CLOSED = (250.0, 200.0, 30.0)
 
 
 class TabletopRenderer:
-    """Draws both cameras at a fixed size; holds nothing but the pixel grids.
+    """Both cameras at a fixed size; holds nothing but the pixel grids.
 
     Args:
         height: image height in pixels.
@@ -35,11 +35,11 @@ class TabletopRenderer:
         self._cols = ((np.arange(width, dtype=np.float32) + 0.5) / width * 2 - 1).astype(np.float32)
 
     def agentview(self, task: TaskSpec, state: TabletopState) -> np.ndarray:
-        """The table from above, upright, uint8 [height, width, 3]: x grows downwards, y to the right."""
+        """Return the table from above, upright, uint8 ``[height, width, 3]``: x grows downwards, y to the right."""
         return self._draw(task, state, (0.0, 0.0), VIEW_HALF_WIDTH)
 
     def wrist(self, task: TaskSpec, state: TabletopState) -> np.ndarray:
-        """What the gripper sees, uint8 [height, width, 3]: centred on it, wider the higher it is."""
+        """Return what the gripper sees, uint8 ``[height, width, 3]``: centred on it, wider the higher it is."""
         return self._draw(task, state, state.eef[:2], WRIST_HALF_WIDTH + WRIST_WIDENING * state.eef[2])
 
     def _draw(self, task: TaskSpec, state: TabletopState, centre: tuple, half: float) -> np.ndarray:
@@ -65,8 +65,7 @@ class TabletopRenderer:
 
 
 def _table(xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
-    """Background whose colour tells the place: red grows with x, blue with y; off the workspace it is
-    dark."""
+    """Return a background whose colour tells the place: red grows with x, blue with y, dark off the workspace."""
     frame = np.empty((xs.size, ys.size, 3), np.float32)
     frame[..., 0] = (150.0 + 150.0 * xs)[:, None]
     frame[..., 1] = 135.0
@@ -77,7 +76,7 @@ def _table(xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
 
 
 def _window(axis: np.ndarray, centre: float, radius: float) -> slice:
-    """The pixels of `axis` (ascending, metres) that a shape may touch."""
+    """Return the pixels of ``axis`` (ascending, metres) that a shape may touch."""
     step = float(axis[1] - axis[0])
     low = math.floor((centre - radius - float(axis[0])) / step) - 1
     high = math.ceil((centre + radius - float(axis[0])) / step) + 2
@@ -102,6 +101,6 @@ def _square(canvas: tuple, x: float, y: float, half: float, colour: tuple) -> No
 
 
 def _blend(patch: np.ndarray, coverage: np.ndarray, colour: tuple, opacity: float) -> None:
-    """Mix `colour` into `patch` in place; partly covered pixels make positions readable below one pixel."""
+    """Mix ``colour`` into ``patch`` in place; partly covered pixels make positions readable below one pixel."""
     alpha = (np.minimum(np.maximum(coverage, 0.0), 1.0) * np.float32(opacity))[..., None]
     patch += alpha * (np.array(colour, np.float32) - patch)

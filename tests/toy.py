@@ -1,5 +1,7 @@
 """Tiny X-VLA runs for the tests."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 
@@ -12,9 +14,15 @@ from lerobot_pirl.policies.xvla import XVLAAdapter
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
+@functools.cache
+def _tabletop_config() -> PiRLTrainConfig:
+    # parsing takes a second, so it is done once
+    return PiRLTrainConfig.from_pretrained(CONFIGS / "pirl_tabletop.json", cli_args=[])
+
+
 def tiny_config(**algorithm) -> PiRLTrainConfig:
     """Return the tabletop run config, smaller still, with some of its algorithm options replaced."""
-    cfg = PiRLTrainConfig.from_pretrained(CONFIGS / "pirl_tabletop.json", cli_args=[])
+    cfg = copy.deepcopy(_tabletop_config())
     cfg.policy.hidden_size, cfg.policy.depth, cfg.policy.chunk_size = 64, 2, 8
     cfg.algorithm.n_action_steps = 4
     for name, value in algorithm.items():

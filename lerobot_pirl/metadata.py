@@ -1,0 +1,153 @@
+"""What says which learner, actor and checkpoint belong together."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import draccus
+import importlib_metadata
+import torch
+from torch import nn
+
+FORMAT_VERSION = 1
+# shown on both sides, never judged: two machines mount a config in different places, a peer has no run id yet
+SHOWN_ONLY = ("config_path", "run_id")
+# per-process settings, which change where and how fast a run goes but not what it computes
+_PROCESS_ALGORITHM = ("wire", "n_envs", "async_envs")
+_PROCESS_POLICY = (
+    *("device", "push_to_hub", "repo_id", "private", "tags", "license"),
+    *("pretrained_path", "pretrained_revision", "tokenizer_name", "use_peft"),
+)
+_SAME_CONFIG = "give both sides the same config file and overrides"
+_SAME_PACKAGE = "install the same lerobot-pirl on both sides"
+_REMEDIES = {
+    "format_version": _SAME_PACKAGE,
+    "package_version": _SAME_PACKAGE,
+    "lerobot_version": "install the same lerobot on both sides",
+    "encoder_digest": (
+        "load the same pretrained weights on both sides (without any: the same seed, policy.device and torch)"
+    ),
+}
+
+
+class MetadataMismatch(RuntimeError):
+    """Two processes, or a run and its checkpoint, do not belong together."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What has to agree between learner, actor and checkpoint."""
+
+    format_version: int
+    recipe: str
+    variant: str
+    config_path: str
+    config_hash: str
+    policy_type: str
+    policy_features: str
+    action_mode: str
+    num_denoising_steps: int
+    n_action_steps: int
+    encoder_digest: str
+    package_version: str
+    lerobot_version: str
+    run_id: str
+
+
+def _canonical(value: Any) -> Any:
+    """Return a JSON value in which equal configs look alike: 1 and 1.0 are one number."""
+    if isinstance(value, dict):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def critical_config(cfg: Any) -> dict[str, Any]:
+    """Return the part of a run config that decides what is learned."""
+    algorithm = draccus.encode(cfg.algorithm)
+    policy = draccus.encode(cfg.policy)
+    for name in _PROCESS_ALGORITHM:
+        algorithm.pop(name, None)
+    for name in _PROCESS_POLICY:
+        policy.pop(name, None)
+    # the recipe overrules these two fields of the policy's config
+    policy.pop("num_denoising_steps", None)
+    policy.pop("n_action_steps", None)
+    return {
+        "recipe": cfg.recipe,
+        "seed": cfg.seed,
+        "algorithm": algorithm,
+        "policy": {"type": cfg.policy.type} | policy,
+        "env": {"type": cfg.env.type} | draccus.encode(cfg.env),
+    }
+
+
+def config_hash(cfg: Any) -> str:
+    """Return a SHA-256 over the canonical JSON of :func:`critical_config`."""
+    text = json.dumps(_canonical(critical_config(cfg)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def frozen_digest(policy: nn.Module) -> str:
+    """Return a SHA-256 over the weights that do not train; actors compute features with them."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(policy.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_metadata(cfg: Any, policy: nn.Module, config_path: str | None, run_id: str) -> Metadata:
+    """Describe this process's run; call it once the adapter has set up the policy."""
+    features = {
+        name: [feature.type.value, list(feature.shape)]
+        for name, feature in sorted({**cfg.policy.input_features, **cfg.policy.output_features}.items())
+    }
+    return Metadata(
+        format_version=FORMAT_VERSION,
+        recipe=cfg.recipe,
+        variant=cfg.algorithm.variant,
+        config_path=str(config_path or "(command line)"),
+        config_hash=config_hash(cfg),
+        policy_type=cfg.policy.type,
+        policy_features=json.dumps(features),
+        action_mode=getattr(cfg.policy, "action_mode", ""),
+        num_denoising_steps=cfg.algorithm.num_denoising_steps,
+        n_action_steps=cfg.algorithm.n_action_steps,
+        encoder_digest=frozen_digest(policy),
+        package_version=importlib_metadata.version("lerobot-pirl"),
+        lerobot_version=importlib_metadata.version("lerobot"),
+        run_id=run_id,
+    )
+
+
+def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:
+    """Compare two metadata dictionaries strictly, field by field.
+
+    Raises:
+        MetadataMismatch: with a table of the fields that differ and what to do.
+    """
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    judged = [name for name in names if name not in SHOWN_ONLY]
+    absent = object()
+    differing = [name for name in judged if mine.get(name, absent) != theirs.get(name, absent)]
+    if not differing:
+        return
+    shown = [*differing, "config_path"]
+    rows = [("field", their_label, my_label)]
+    rows += [(name, str(theirs.get(name, "-")), str(mine.get(name, "-"))) for name in shown]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    # a field that one side does not know was written by another version of this package
+    both = {name for name in names if name in mine and name in theirs}
+    remedies = [_REMEDIES.get(name, _SAME_CONFIG) if name in both else _SAME_PACKAGE for name in differing]
+    raise MetadataMismatch(
+        f"metadata of {their_label} and {my_label} differ in {', '.join(differing)}:\n"
+        + "\n".join(line.rstrip() for line in lines)
+        + f"\nWhat to do: {'; '.join(dict.fromkeys(remedies))}."
+    )

@@ -1,0 +1,538 @@
+"""Checkpoints: LeRobot's layout, exact continuation, refusals that restore nothing."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
+from safetensors.torch import load_file, save_file, save_model
+
+from lerobot_pirl import checkpoint
+from lerobot_pirl.algorithm import PiRLAlgorithm
+from lerobot_pirl.build import make_adapter
+from lerobot_pirl.checkpoint import CheckpointError, MetadataMismatch, make_metadata
+from lerobot_pirl.config import PiRLTrainConfig
+from lerobot_pirl.metadata import config_hash
+from lerobot_pirl.policies.xvla import XVLAAdapter
+from tests.test_algorithm import make_rollout, snapshot
+from tests.toy import read_json, tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+OPTIONS = {
+    **{"num_denoising_steps": 3, "minibatch_size": 4, "micro_batch_size": 2, "value_hidden_dims": (16,)},
+    **{"critic_warmup_iterations": 0, "target_kl": None, "learning_rate": 1e-5, "weight_decay": 0.1},
+}
+COUNTERS = {"policy_version": 1, "env_steps": 36, "episodes": 3}
+FILES = {
+    *(f"algorithm/{name}" for name in ("config.json", "model.safetensors")),
+    *(
+        f"pretrained_model/{name}"
+        for name in ("config.json", "model.safetensors", "train_config.json")
+        + ("policy_preprocessor.json", "policy_postprocessor.json")
+    ),
+    *(
+        f"training_state/{name}"
+        for name in ("optimizer_param_groups.json", "optimizer_state.safetensors", "rng_state.safetensors")
+        + ("training_step.json", "pirl_metadata.json")
+    ),
+}
+
+
+class Run:
+    """The parts of a learner that a checkpoint is about."""
+
+    def __init__(self, cfg: PiRLTrainConfig, adapter: XVLAAdapter) -> None:
+        self.cfg, self.adapter = cfg, adapter
+        self.algorithm = PiRLAlgorithm(adapter, cfg.algorithm, seed=cfg.seed)
+        self.metadata = make_metadata(cfg, adapter.policy, "run.json", "a-run-id")
+
+    def update(self, seed: int) -> dict[str, float]:
+        return self.algorithm.update(iter([make_rollout(self.adapter, seed=seed)])).to_log_dict()
+
+    def save(self, step: int = 1, **counters: int) -> Path:
+        return checkpoint.save(
+            self.cfg, step, self.adapter, self.algorithm, self.metadata, COUNTERS | counters
+        )
+
+    def load(self, folder: Path) -> dict:
+        return checkpoint.load(folder, self.algorithm, self.metadata)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return everything that an update or a load may change."""
+        state = {f"policy.{name}": value for name, value in snapshot(self.algorithm.policy).items()}
+        state |= {f"value.{name}": value for name, value in snapshot(self.algorithm.value_head).items()}
+        for index, moments in self.algorithm.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": value.clone() for name, value in moments.items()}
+        state["step"] = torch.tensor(self.algorithm.optimization_step)
+        state["skipped"] = torch.tensor(self.algorithm.skipped_steps)
+        return state | {f"rng.{name}": value for name, value in rng_state().items()}
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor(np.random.get_state()[1].astype(np.int64)),
+        "python": torch.tensor(random.getstate()[1]),
+    }
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    common = one.keys() & other.keys()
+    return (one.keys() ^ other.keys()) | {name for name in common if not torch.equal(one[name], other[name])}
+
+
+def new_run(output_dir: Path, dtype: str = "float32") -> Run:
+    cfg = tiny_config(**OPTIONS)
+    cfg.output_dir, cfg.policy.dtype = output_dir, dtype
+    torch.manual_seed(0)
+    return Run(cfg, XVLAAdapter(XVLAPolicy(cfg.policy), cfg))
+
+
+def resumed_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Build what a learner builds for ``--resume=true``, up to the point where it loads the checkpoint."""
+    config = folder / "pretrained_model" / "train_config.json"
+    monkeypatch.setattr(sys, "argv", ["learner", f"--config_path={config}", "--resume=true"])
+    cfg = PiRLTrainConfig.from_pretrained(config, cli_args=["--resume=true"])
+    cfg.validate()
+    return Run(cfg, make_adapter(cfg))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with one update behind it; tests leave it as it is."""
+    made = new_run(tmp_path_factory.mktemp("run"))
+    made.update(seed=0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(run: Run) -> Path:
+    """Its checkpoint; tests damage copies."""
+    return run.save()
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "checkpoints" / saved.name)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run without an update, for loads that must be refused."""
+    return new_run(tmp_path_factory.mktemp("fresh"))
+
+
+# what a checkpoint holds
+
+
+def test_the_layout_is_lerobots(saved):
+    assert saved.name == "000001"
+    assert saved.parent.name == "checkpoints"
+    assert {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()} == FILES
+
+
+def test_the_policys_config_carries_the_grid_and_the_executed_chunk_of_the_run(run, saved):
+    config = read_json(saved / "pretrained_model" / "config.json")
+    assert config["type"] == "xvla"
+    assert config["num_denoising_steps"] == 3
+    assert config["n_action_steps"] == 4
+
+
+def test_counters_and_metadata_are_readable(run, saved):
+    state = saved / "training_state"
+    assert read_json(state / "training_step.json") == COUNTERS | {"step": 1, "skipped_steps": 0}
+    metadata = read_json(state / "pirl_metadata.json")
+    assert metadata["config_hash"] == config_hash(run.cfg)
+    assert metadata["run_id"] == "a-run-id"
+    assert metadata["config_path"] == "run.json"
+
+
+def test_the_saved_run_config_parses_again_and_is_the_same_run(run, saved):
+    path = saved / "pretrained_model" / "train_config.json"
+    assert read_json(path)["recipe"] == "pi-rl"
+    cfg = PiRLTrainConfig.from_pretrained(path, cli_args=[])
+    assert config_hash(cfg) == config_hash(run.cfg)
+    assert cfg.algorithm == run.cfg.algorithm
+
+
+def test_a_checkpoint_of_a_resumed_run_can_be_resumed(saved, tmp_path, monkeypatch):
+    second = resumed_run(saved, monkeypatch)
+    second.load(saved)
+    second.cfg.output_dir = tmp_path
+    again = second.save(step=2)
+    third = resumed_run(again, monkeypatch)
+    assert third.load(again)["step"] == 2
+    assert third.cfg.checkpoint_path == again
+
+
+def test_no_file_tells_where_this_package_is_installed(saved):
+    package = str(Path(checkpoint.__file__).parent)
+    texts = {path.name: path.read_text() for path in saved.rglob("*.json")}
+    assert not [name for name, text in texts.items() if package in text]
+    assert '"tokenizer_name": "lerobot_pirl/tokenizer"' in texts["policy_preprocessor.json"]
+
+
+def test_last_is_a_relative_link_to_the_newest_and_survives_a_move(run, tmp_path):
+    run.cfg.output_dir, former = tmp_path / "out", run.cfg.output_dir
+    try:
+        run.save(step=1)
+        run.save(step=2)
+    finally:
+        run.cfg.output_dir = former
+    checkpoints = (tmp_path / "out").rename(tmp_path / "moved") / "checkpoints"
+    assert os.readlink(checkpoints / "last") == "000002"
+    assert read_json(checkpoints / "last" / "training_state" / "training_step.json")["step"] == 2
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["000001", "000002", "last"]
+
+
+STOCK = """
+import sys
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "lerobot_pirl":
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+sys.meta_path.insert(0, Blocker)
+import torch
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.configs.policies import PreTrainedConfig
+torch.set_num_threads(1)
+folder, batch_file, actions_file = sys.argv[1:]
+config = PreTrainedConfig.from_pretrained(folder)
+policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+batch = torch.load(batch_file, weights_only=True)
+make_pre_post_processors(config, pretrained_path=folder)
+torch.manual_seed(5)
+actions = policy.predict_action_chunk(batch)
+torch.save({"actions": actions, "seen": sorted(n for n in sys.modules if "pirl" in n)}, actions_file)
+"""
+
+
+def observation_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    images = {
+        f"observation.images.{name}": torch.rand(2, 3, 64, 64, generator=generator)
+        for name in ("image", "image2")
+    }
+    return images | {
+        "observation.state": torch.rand(2, 20, generator=generator),
+        "observation.language.tokens": torch.randint(4, 500, (2, 24), generator=generator),
+        "domain_id": torch.tensor([3, 3]),
+    }
+
+
+@pytest.mark.slow
+def test_a_lerobot_without_this_package_loads_the_policy_and_acts_alike(run, saved, tmp_path):
+    batch = observation_batch()
+    torch.save(batch, tmp_path / "batch.pt")
+    clone = Path(__file__).parent.parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", STOCK, str(saved / "pretrained_model")),
+            *(str(tmp_path / "batch.pt"), str(tmp_path / "actions.pt")),
+        ],
+        # the tiny policy's tokenizer is a folder of a clone
+        cwd=clone,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "actions.pt", weights_only=True)
+    assert [name for name in result["seen"] if name.startswith("lerobot_pirl")] == []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            expected = run.adapter.policy.predict_action_chunk(batch)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(result["actions"], expected)
+
+
+# continuing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_continues_bit_for_bit(dtype, tmp_path, monkeypatch):
+    whole = new_run(tmp_path / "run", dtype)
+    whole.update(seed=0)
+    folder = whole.save()
+    at_save = whole.state()
+    resumed = resumed_run(folder, monkeypatch)
+    counters = resumed.load(folder)
+    assert counters == COUNTERS | {"step": 1, "skipped_steps": 0, "run_id": "a-run-id"}
+    assert differing(at_save, resumed.state()) == set()
+    results = []
+    for one in (whole, resumed):
+        torch.set_rng_state(at_save["rng.torch"])
+        metrics = one.update(seed=1)
+        results.append((metrics, one.state()))
+    assert results[0][0] == results[1][0]
+    assert differing(results[0][1], results[1][1]) == set()
+    moved = differing(at_save, results[0][1])
+    assert any(name.startswith("policy.") for name in moved)
+    assert any(name.startswith("optimizer.") for name in moved)
+
+
+def test_random_states_go_on_where_they_were(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    folder = run.save()
+    expected = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
+    run.load(folder)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+def test_the_count_of_skipped_steps_goes_on(tmp_path):
+    one = new_run(tmp_path)
+    one.algorithm.skipped_steps = 7
+    folder = one.save()
+    one.algorithm.skipped_steps = 0
+    one.load(folder)
+    assert one.algorithm.skipped_steps == 7
+
+
+def test_weights_that_share_memory_are_found_under_the_name_that_was_kept(tmp_path):
+    tied = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(2, 2, bias=False), "b": torch.nn.Linear(2, 2, bias=False)}
+    )
+    tied["b"].weight = tied["a"].weight
+    save_model(tied, str(tmp_path / "model.safetensors"))
+    like = {"a.weight": torch.zeros(2, 2), "b.weight": torch.zeros(2, 2)}
+    tensors = checkpoint._read_tensors(tmp_path / "model.safetensors", like)
+    assert torch.equal(tensors["a.weight"], tied["a"].weight)
+    assert torch.equal(tensors["b.weight"], tied["a"].weight)
+
+
+# writing
+
+
+def fail(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+FAILURES = {
+    "policy": lambda one, patch: patch.setattr(one.adapter.policy, "save_pretrained", fail),
+    "optimiser": lambda one, patch: patch.setattr(one.algorithm.optimizer, "state_dict", fail),
+    "value head": lambda one, patch: patch.setattr(one.algorithm, "_save_pretrained", fail),
+    "metadata": lambda one, patch: patch.setattr(checkpoint, "_write_json", fail),
+    "disk": lambda one, patch: patch.setattr(os, "fsync", fail),
+    "rename": lambda one, patch: patch.setattr(checkpoint, "_move", fail),
+    "interrupt": lambda one, patch: patch.setattr(one.algorithm, "_save_pretrained", interrupt),
+}
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failing_write_leaves_the_former_checkpoint_and_no_half_one(where, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    run.save(step=1)
+    with monkeypatch.context() as patch:
+        FAILURES[where](run, patch)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            run.save(step=2)
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["000001", "last"]
+    assert os.readlink(checkpoints / "last") == "000001"
+    assert run.load(checkpoints / "last")["step"] == 1
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_save(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    for name in (".000001.partial", ".000007.partial"):
+        (tmp_path / "checkpoints" / name / "training_state").mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "junk").write_text("junk")
+    folder = run.save(step=1)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["000001", "last"]
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == FILES
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_whole(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    (run.save(step=2, episodes=1) / "of-the-former").touch()
+    folder = run.save(step=2, episodes=2)
+    assert read_json(folder / "training_state" / "training_step.json")["episodes"] == 2
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == FILES
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["000002", "last"]
+
+
+def test_last_goes_back_with_a_run_that_was_resumed_from_an_older_checkpoint(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    run.save(step=4)
+    run.save(step=2)
+    assert checkpoint.last_checkpoint(tmp_path).resolve() == tmp_path / "checkpoints" / "000002"
+
+
+# refusing
+
+
+def refused(one: Run, folder: Path) -> str:
+    """Return why a checkpoint is refused, after a look at that nothing was restored."""
+    torch.manual_seed(77)
+    np.random.seed(77)
+    random.seed(77)
+    before = one.state()
+    with pytest.raises(CheckpointError) as caught:
+        one.load(folder)
+    assert differing(before, one.state()) == set()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_intact_copy_is_not_refused(copy, tmp_path):
+    one = new_run(tmp_path)
+    before = one.state()
+    assert one.load(copy)["step"] == 1
+    kinds = {name.partition(".")[0] for name in differing(before, one.state())}
+    assert kinds == {"policy", "value", "optimizer", "step", "rng"}
+
+
+def test_a_stock_checkpoint_is_refused_with_the_way_to_use_its_weights(fresh, copy):
+    (copy / "training_state" / "pirl_metadata.json").unlink()
+    text = refused(fresh, copy)
+    assert f"{copy}/training_state/pirl_metadata.json is missing" in text
+    assert "no checkpoint of recipe 'pi-rl'" in text
+    assert "--policy.path instead of --resume=true" in text
+
+
+READ = sorted(
+    FILES
+    - {"training_state/pirl_metadata.json", "algorithm/config.json"}
+    - {f"pretrained_model/{name}.json" for name in ("config", "train_config")}
+    - {f"pretrained_model/policy_{name}processor.json" for name in ("pre", "post")}
+)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_missing_file_is_named(name, fresh, copy):
+    (copy / name).unlink()
+    assert name.rpartition("/")[2] in refused(fresh, copy)
+
+
+@pytest.mark.parametrize("name", [*READ, "training_state/pirl_metadata.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+def test_a_damaged_file_is_named(name, damage, fresh, copy):
+    data = (copy / name).read_bytes()
+    damaged = {"empty": b"", "cut": data[: len(data) * 2 // 3], "noise": b"\xff\x00" * 50}[damage]
+    (copy / name).write_bytes(damaged)
+    text = refused(fresh, copy)
+    assert name.rpartition("/")[2] in text
+    assert str(copy) in text
+    assert "resume from another checkpoint" in text
+
+
+@pytest.mark.parametrize("name", ["pirl_metadata.json", "training_step.json"])
+@pytest.mark.parametrize("value", [[], 3, None, "text"])
+def test_json_of_another_shape_is_named(name, value, fresh, copy):
+    (copy / "training_state" / name).write_text(json.dumps(value))
+    text = refused(fresh, copy)
+    assert name in text
+    assert "instead of an object" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("pirl_metadata.json", "run_id"),
+        *(("training_step.json", key) for key in ("step", "env_steps", "episodes", "skipped_steps")),
+    ],
+)
+def test_a_value_that_is_missing_or_of_another_type_is_named(name, key, fresh, copy):
+    path = copy / "training_state" / name
+    content = read_json(path)
+    for damaged in ({k: v for k, v in content.items() if k != key}, content | {key: 1.5}):
+        path.write_text(json.dumps(damaged))
+        text = refused(fresh, copy)
+        assert name in text
+        assert f"'{key}'" in text
+
+
+def rewrite(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def widen_first_matrix(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name, value in sorted(tensors.items()) if value.ndim == 2 and "vlm" not in name)
+    tensors[name] = torch.cat([tensors[name], tensors[name]])
+
+
+SHAPED = [
+    "pretrained_model/model.safetensors",
+    "algorithm/model.safetensors",
+    "training_state/optimizer_state.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_tensors_of_another_shape_are_named_with_both_shapes(name, fresh, copy):
+    rewrite(copy / name, widen_first_matrix)
+    text = refused(fresh, copy)
+    assert name in text
+    assert "has shape (" in text
+    assert "this run's has (" in text
+
+
+@pytest.mark.parametrize("name", ["pretrained_model/model.safetensors", "algorithm/model.safetensors"])
+def test_tensors_that_are_not_there_are_named(name, fresh, copy):
+    trained = next(
+        iter(fresh.algorithm.get_weights() if "pretrained" in name else fresh.algorithm.state_dict())
+    )
+    rewrite(copy / name, lambda tensors: tensors.pop(trained))
+    text = refused(fresh, copy)
+    assert name in text
+    assert f"holds no tensor '{trained}'" in text
+
+
+def test_an_optimiser_of_other_groups_is_refused(fresh, copy):
+    path = copy / "training_state" / "optimizer_param_groups.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:2]))
+    assert "optimizer_param_groups.json" in refused(fresh, copy)
+
+
+def test_random_states_that_python_refuses_are_not_restored_in_part(fresh, copy):
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["np_rng_state_index"][0] = 10_000
+        tensors["torch_rng_state"] = tensors["torch_rng_state"][:10].clone()
+
+    rewrite(copy / "training_state" / "rng_state.safetensors", damage)
+    assert "rng_state.safetensors" in refused(fresh, copy)
+
+
+def test_a_checkpoint_of_another_config_is_refused_and_restores_nothing(fresh, copy):
+    path = copy / "training_state" / "pirl_metadata.json"
+    path.write_text(json.dumps(read_json(path) | {"config_hash": "0" * 64, "n_action_steps": 9}))
+    before = fresh.state()
+    with pytest.raises(
+        MetadataMismatch, match="metadata of checkpoint and this run differ in config_hash, n_act"
+    ):
+        fresh.load(copy)
+    assert differing(before, fresh.state()) == set()
+
+
+def test_the_validator_of_the_recipe_judges(fresh, copy):
+    def validator(mine: dict, theirs: dict, my_label: str, their_label: str) -> None:
+        assert mine["run_id"] == theirs["run_id"] == "a-run-id"
+        raise MetadataMismatch(f"{my_label} and {their_label}")
+
+    before = fresh.state()
+    with pytest.raises(MetadataMismatch, match="this run and checkpoint"):
+        checkpoint.load(copy, fresh.algorithm, fresh.metadata, validator)
+    assert differing(before, fresh.state()) == set()

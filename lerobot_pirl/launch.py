@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from lerobot.configs import parser
 
 from lerobot_pirl import registry
-from lerobot_pirl.parsing import check_config_file, parse_config
+from lerobot_pirl.parsing import parse_config, read_config_file
 from lerobot_pirl.startup.hook import selected_recipe
 
 logger = logging.getLogger("lerobot_pirl")
@@ -65,7 +65,7 @@ def main(role: str) -> int:
         if name is None:
             if not {"--help", "-h"} & set(sys.argv):
                 # a file that cannot be read selects nothing
-                check_config_file(parser.parse_arg("config_path"))
+                read_config_file(parser.parse_arg("config_path"))
                 raise RunError(
                     'no recipe is selected; add "recipe": "pi-rl" to the config file or --recipe=pi-rl to the command'
                 )

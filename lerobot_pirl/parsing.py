@@ -43,7 +43,11 @@ def parse_config(config_class: type) -> Any:
     if {"--help", "-h"} & set(sys.argv):
         # LeRobot's help shows the options of chosen types alone
         sys.argv = [*sys.argv, *getattr(config_class, "HELP_ARGUMENTS", ())]
-    check_config_file(parser.parse_arg("config_path"))
+    content = read_config_file(parser.parse_arg("config_path"))
+    policy = content.get("policy")
+    if isinstance(policy, dict) and parser.PATH_KEY in policy and not parser.parse_arg("policy.path"):
+        # only beside a path on the command line does LeRobot take overrides from there
+        sys.argv = [*sys.argv, f"--policy.path={policy[parser.PATH_KEY]}"]
     with _one_sentence():
         return parser.wrap()(keep)()
 
@@ -70,26 +74,28 @@ def _one_sentence(prefix: str = "") -> Iterator[None]:
     sys.stderr.write(stderr.getvalue())
 
 
-def check_config_file(name: str | None) -> None:
-    """Refuse a ``config_path`` that cannot be read or holds no options; what may be on the Hub passes.
+def read_config_file(name: str | None) -> dict[str, Any]:
+    """Return what a ``config_path`` holds; nothing for what may be on the Hub.
 
     Raises:
-        ValueError: one sentence that names the file.
+        ValueError: one sentence that names the file, when it cannot be read or holds no options.
     """
     path = None if name is None else _local_config(name)
     if path is None:
-        return
+        return {}
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"config_path={path} is of no known type; its name must end in {', '.join(SUFFIXES)}"
         )
     try:
-        content = _read(path)
+        with path.open(encoding="utf-8") as file:
+            content = cfgparsing.load_config(file, file=path)
     except (OSError, ParsingError) as error:
         raise ValueError(f"config_path={path} cannot be read: {_line(error.__cause__ or error)}") from error
     if not isinstance(content, dict):
         what = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"config_path={path} holds {what}; it must hold options by name")
+    return content
 
 
 def _local_config(name: str) -> Path | None:
@@ -99,11 +105,6 @@ def _local_config(name: str) -> Path | None:
     if path.suffix in SUFFIXES or not _may_be_on_hub(name):
         raise ValueError(f"config_path={name} is wrong: there is no file {path}")
     return None
-
-
-def _read(path: Path) -> Any:
-    with path.open(encoding="utf-8") as file:
-        return cfgparsing.load_config(file, file=path)
 
 
 def _may_be_on_hub(name: str) -> bool:
@@ -139,9 +140,7 @@ def _file_overrides() -> list[str]:
     LeRobot drops those that are lists or null; here they count.
     """
     arguments = parser.get_yaml_overrides("policy")
-    name = parser.parse_arg("config_path")
-    path = None if name is None else _local_config(name)
-    options = _read(path).get("policy") if path else None
+    options = read_config_file(parser.parse_arg("config_path")).get("policy")
     if not isinstance(options, dict) or parser.PATH_KEY not in options:
         return arguments
     dropped = {key: value for key, value in options.items() if value is None or isinstance(value, list)}
@@ -210,11 +209,10 @@ def sentence(
     message = _line(next((m for m in messages if not m.startswith(_WORDY)), messages[-1]))
     name = ".".join(path)
     if message.startswith("The fields `"):
-        unknown = [".".join((*path, field)) for field in re.findall("`([^`]+)`", message)]
+        unknown = [".".join((*path, field)) for field in re.findall("`([^`]*)`", message)]
         return f"unknown option {', '.join(unknown)}; {HELP}"
-    if message.startswith("Couldn't find a choice class for"):
-        choice = message.split("'")[1]
-        return f"{name}.type={choice!r} is unknown; {HELP}"
+    if choice := re.match("Couldn't find a choice class for ('.*?') in ", message):
+        return f"{name}.type={choice[1]} is unknown; {HELP}"
     return message if not name or message.startswith(name) else f"{name}: {message}"
 
 

@@ -1,0 +1,895 @@
+"""The configuration: what may be written, where, and what is said about everything else."""
+
+import ast
+import copy
+import dataclasses
+import inspect
+import json
+import logging
+import math
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import draccus
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs.default import EvalConfig, PeftConfig
+from lerobot.optim import AdamWConfig
+from lerobot.rl.train_rl import TrainRLServerPipelineConfig
+
+from lerobot_pirl import config, launch, metadata, registry, rules
+from lerobot_pirl.config import PiRLConfig, PiRLTrainConfig, WireConfig
+from lerobot_pirl.inert import INERT
+from lerobot_pirl.metadata import config_hash
+from tests.toy import CONFIGS, read_json
+
+TABLETOP = CONFIGS / "pirl_tabletop.json"
+ALGORITHM = {each.name: each for each in dataclasses.fields(PiRLConfig)}
+WIRE = {each.name: each for each in dataclasses.fields(WireConfig)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over(monkeypatch):
+    """LeRobot's parser keeps what it found beside `policy.path` in its module."""
+    monkeypatch.setattr(parser, "_config_path_args", {})
+    monkeypatch.setattr(parser, "_config_yaml_overrides", {})
+    monkeypatch.setattr(sys, "argv", ["learner"])
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Return a function that parses a command line as the learner does."""
+
+    def parse_arguments(*arguments: object) -> PiRLTrainConfig:
+        monkeypatch.setattr(sys, "argv", ["learner", *map(str, arguments)])
+        return launch.parse_config(PiRLTrainConfig)
+
+    return parse_arguments
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes a file and returns its path."""
+
+    def write_file(name: str, content: object) -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def saved_policy(tmp_path) -> Path:
+    """Return the folder of a tiny saved policy's config."""
+    folder = tmp_path / "pretrained_model"
+    cfg = decode(read_json(CONFIGS / "pirl_libero10_smoke.json"))
+    cfg.policy.save_pretrained(folder)
+    return folder
+
+
+def base(**changes) -> dict:
+    """Return the tabletop config with some of its top-level options replaced."""
+    return read_json(TABLETOP) | {"output_dir": "outputs/never_written"} | changes
+
+
+def with_algorithm(**options) -> dict:
+    return base(algorithm={"type": "pi-rl"} | options)
+
+
+def decode(raw: dict) -> PiRLTrainConfig:
+    """Decode without a command line, which takes a thousand times as long."""
+    return draccus.decode(PiRLTrainConfig, copy.deepcopy(raw))
+
+
+def refusal(action, *arguments, error=ValueError) -> str:
+    """Return the one sentence with which an action refuses."""
+    with pytest.raises(error) as caught:
+        action(*arguments)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def refused(raw: dict) -> str:
+    """Return why a config is refused, when it is decoded or when it is validated."""
+    return refusal(lambda: decode(raw).validate())
+
+
+# --- where options come from ---------------------------------------------------------------------
+
+
+def test_a_yaml_file_says_the_same_as_a_json_file(parse, write):
+    text = yaml.safe_dump(base()).replace("5.0e-06", "5e-6")
+    assert "5e-6" in text  # a float to us, a string to YAML 1.1
+    from_yaml = parse(f"--config_path={write('run.yaml', text)}")
+    from_json = parse(f"--config_path={TABLETOP}")
+    assert from_yaml.algorithm == from_json.algorithm
+    assert config_hash(from_yaml) == config_hash(from_json)
+
+
+def test_the_command_line_overrules_the_file(parse):
+    cfg = parse(
+        f"--config_path={TABLETOP}",
+        "--algorithm.num_denoising_steps=7",
+        *("--algorithm.wire.port", 50052),
+        "--algorithm.target_kl=null",
+        "--algorithm.value_hidden_dims=[32,16]",
+        "--steps=9",
+        "--env.task=pickup",
+        "--policy.depth=2",
+    )
+    assert cfg.algorithm.num_denoising_steps == 7
+    assert cfg.algorithm.wire.port == 50052
+    assert cfg.algorithm.target_kl is None
+    assert cfg.algorithm.value_hidden_dims == (32, 16)
+    assert (cfg.steps, cfg.env.task, cfg.policy.depth) == (9, "pickup", 2)
+    assert cfg.algorithm.n_epochs == read_json(TABLETOP)["algorithm"]["n_epochs"]
+    cfg.validate(check_output_dir=False)
+
+
+def test_a_run_needs_no_file(parse):
+    cfg = parse("--recipe=pi-rl", "--env.type=tabletop", "--policy.type=xvla", "--algorithm.gamma=0.5")
+    assert cfg.algorithm == PiRLConfig(gamma=0.5)
+    assert cfg.env.type == "tabletop"
+
+
+def test_help_lists_every_option_of_the_recipe_with_its_comment(parse, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    options = text.split()
+    squeezed = "".join(options)
+    for cls, prefix in (
+        (PiRLConfig, "--algorithm."),
+        (WireConfig, "--algorithm.wire."),
+        (PiRLTrainConfig, "--"),
+    ):
+        for name, comment in comments(cls).items():
+            assert any(word == f"{prefix}{name}" for word in options) or name == "wire", name
+            assert "".join(comment.split()) in squeezed, name
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Return the comment above every field that a class declares itself, empty where there is none."""
+    lines = inspect.getsource(cls).splitlines()
+    body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
+    found = {}
+    for node in body:
+        if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
+            continue
+        above = lines[node.lineno - 2].strip()
+        found[node.target.id] = above.removeprefix("#").strip() if above.startswith("#") else ""
+    return found
+
+
+@pytest.mark.parametrize("cls", [PiRLConfig, WireConfig, PiRLTrainConfig])
+def test_every_field_is_explained_where_it_is_declared(cls):
+    found = comments(cls)
+    upstream = {each.name for each in dataclasses.fields(TrainRLServerPipelineConfig)}
+    declared = {each.name for each in dataclasses.fields(cls)} - (upstream - {"dataset"})
+    assert set(found) == declared
+    for name, comment in found.items():
+        assert len(comment.split()) >= 3, f"{cls.__name__}.{name} has no comment above it"
+        assert comment.endswith("."), f"the comment above {cls.__name__}.{name} is no sentence"
+
+
+# --- the policy ----------------------------------------------------------------------------------
+
+
+def test_a_policy_path_in_the_file_takes_the_options_beside_it(parse, write, saved_policy):
+    policy = {
+        **{"path": str(saved_policy), "dtype": "bfloat16", "push_to_hub": False, "tokenizer_max_length": 12},
+        **{"resize_imgs_with_padding": [32, 32], "repo_id": None},
+    }
+    cfg = parse(f"--config_path={write('run.json', base(policy=policy))}", "--policy.tokenizer_max_length=13")
+    cfg.validate()
+    assert cfg.policy.pretrained_path == saved_policy
+    assert cfg.policy.dtype == "bfloat16"
+    assert cfg.policy.tokenizer_max_length == 13
+    assert cfg.policy.hidden_size == 128
+    # LeRobot drops lists
+    assert tuple(cfg.policy.resize_imgs_with_padding) == (32, 32)
+
+
+def test_a_policy_path_on_the_command_line_takes_the_options_beside_it(parse, saved_policy):
+    cfg = parse(
+        f"--config_path={TABLETOP}",
+        f"--policy.path={saved_policy}",
+        "--policy.resize_imgs_with_padding=[48,48]",
+    )
+    cfg.output_dir = None
+    cfg.validate()
+    assert cfg.policy.pretrained_path == saved_policy
+    assert cfg.policy.chunk_size == 10
+    assert tuple(cfg.policy.resize_imgs_with_padding) == (48, 48)
+
+
+@pytest.fixture
+def at_path(monkeypatch):
+    """Return a function that validates the tabletop config with a policy at a path."""
+
+    def validate(path: object, *arguments: str) -> PiRLTrainConfig:
+        monkeypatch.setattr(sys, "argv", ["learner", f"--policy.path={path}", *arguments])
+        cfg = decode(base(policy=None))
+        cfg.validate()
+        return cfg
+
+    return validate
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "no/such/folder", "./none", "tests/none", "none/.."])
+def test_a_policy_path_that_is_nowhere_is_refused_without_asking_the_hub(at_path, monkeypatch, path):
+    monkeypatch.setattr(PreTrainedConfig, "from_pretrained", lambda *a, **k: pytest.fail("asked the Hub"))
+    assert refusal(at_path, path).startswith(f"policy.path={path} is no folder here")
+
+
+def test_a_policy_path_without_a_policy_is_refused(at_path, tmp_path):
+    assert refusal(at_path, tmp_path).startswith(f"policy.path={tmp_path} holds no config.json")
+
+
+def test_a_policy_that_the_hub_does_not_give_is_refused(at_path, monkeypatch):
+    def fail(**kwargs):
+        raise OSError("no\nroute to the Hub")
+
+    monkeypatch.setattr("lerobot.configs.policies.hf_hub_download", fail)
+    message = refusal(at_path, "someone/xvla")
+    assert message.startswith("policy.path=someone/xvla cannot be read")
+    assert "no route to the Hub" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--policy.chunk_size=abc", "policy.chunk_size: Couldn't parse 'abc' into an int"),
+        ("--policy.nonsense=1", "unrecognized arguments: --policy.nonsense=1"),
+        ("--policy.action_mode=ee7d", "policy."),
+    ],
+)
+def test_an_override_that_does_not_fit_the_saved_policy_is_refused(at_path, saved_policy, argument, expected):
+    if "action_mode" in argument:
+        cfg = at_path(saved_policy, argument)
+        expected = "policy.action_mode='ee7d'"
+        message = refusal(registry.policy_adapter("xvla").validate, cfg)
+    else:
+        message = refusal(at_path, saved_policy, argument)
+    assert message.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (None, "policy is missing"),
+        ({"push_to_hub": True, "repo_id": "someone/xvla"}, "policy.push_to_hub=True does nothing"),
+        ({"push_to_hub": True}, "policy.push_to_hub=True does nothing"),
+        ({"use_peft": True}, "policy.use_peft=True does nothing"),
+        ({"nonsense": 1}, "unknown option policy.nonsense"),
+        ({"depth": "many"}, "policy.depth: Couldn't parse 'many' into an int"),
+        ({"type": "nonsense"}, "policy.type='nonsense' is unknown"),
+        ("xvla", "policy='xvla' is not allowed"),
+    ],
+)
+def test_a_policy_that_cannot_train_here_is_refused(policy, expected):
+    if isinstance(policy, dict):
+        policy = read_json(TABLETOP)["policy"] | policy
+    assert refused(base(policy=policy)).startswith(expected)
+
+
+# --- every option of the algorithm ---------------------------------------------------------------
+
+NOT_A_NUMBER = [True, "0.5", None, [0.5], {}, math.nan, math.inf, -math.inf]
+NOT_AN_INTEGER = [True, False, 2.0, 2.5, "2", None, [2], math.nan, math.inf, 10**12, 10**400, -1]
+NOT_POSITIVE = [*NOT_A_NUMBER, 0, 0.0, -0.1, 10**400]
+NOT_A_FRACTION = [*NOT_A_NUMBER, -0.1, 1.1, 10**400]
+NOT_A_FLAG = [0, 1, "true", None, [True]]
+NOT_A_NAME = ["", "nonsense", None, 1, True, ["exclude"]]
+
+
+def but_null(values: list) -> list:
+    return [value for value in values if value is not None]
+
+
+# option -> (one allowed value besides the default, the values at its limits, values that are refused)
+VALUES = {
+    "variant": (None, ["flow_sde"], [*NOT_A_NAME, "flow_ode", "FLOW_SDE"]),
+    "num_denoising_steps": (4, [2, 1000], [*NOT_AN_INTEGER, 0, 1, 1001]),
+    "n_action_steps": (5, [1, 1000], [*NOT_AN_INTEGER, 0, 1001]),
+    "noise_level": (0.5, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
+    "last_step_std_position": (0.01, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
+    "last_step_std_rotation": (0.05, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
+    "last_step_prob": (0.7, [1e-9, 1], [*NOT_A_FRACTION, 0]),
+    "gripper": ("bernoulli_last", ["exclude"], [*NOT_A_NAME, "gaussian_last"]),
+    "gripper_temperature": (0.7, [0.01, 100, None], [*but_null(NOT_POSITIVE), 0.001, 101]),
+    "episodes_per_iteration": (80, [1, 10**6], [*NOT_AN_INTEGER, 0]),
+    "n_envs": (8, [1, 1024], [*NOT_AN_INTEGER, 0, 1025]),
+    "async_envs": (True, [False], NOT_A_FLAG),
+    "max_episode_steps": (520, [1, 10**6, None], [*but_null(NOT_AN_INTEGER), 0]),
+    "gamma": (0.9, [0, 1], NOT_A_FRACTION),
+    "gae_lambda": (0.9, [0, 1], NOT_A_FRACTION),
+    "bootstrap_truncation": (False, [True], NOT_A_FLAG),
+    "loss_aggregation": ("episode", ["token"], NOT_A_NAME),
+    "normalize_advantage": (False, [True], NOT_A_FLAG),
+    "step_loss_weight": ("none", ["inv_sensitivity"], NOT_A_NAME),
+    "clip_range": (0.1, [1e-9, 0.999], [*NOT_A_FRACTION, 0, 1]),
+    "dual_clip": (5.0, [1.001, 1e9, None], [*but_null(NOT_POSITIVE), 1, 1.0]),
+    "clip_range_vf": (0.4, [1e-9, 1e9, None], but_null(NOT_POSITIVE)),
+    "huber_delta": (1.0, [1e-9, 1e9], NOT_POSITIVE),
+    "n_epochs": (2, [1, 1000], [*NOT_AN_INTEGER, 0, 1001]),
+    "minibatch_size": (256, [32, 10**6], [*NOT_AN_INTEGER, 0]),
+    "micro_batch_size": (16, [1, 512], [*NOT_AN_INTEGER, 0]),
+    "target_kl": (0.1, [1e-9, 1e9, None], but_null(NOT_POSITIVE)),
+    "critic_warmup_iterations": (1, [0, 10**6], NOT_AN_INTEGER),
+    "learning_rate": (1e-5, [0, 1], NOT_A_FRACTION),
+    "value_learning_rate": (1e-3, [0, 1], NOT_A_FRACTION),
+    "betas": (
+        (0.8, 0.9),
+        [(0, 0), (0.999, 0.9999)],
+        [(), (0.9,), (0.9, 0.9, 0.9), (0.9, 1), (-0.1, 0.9), (0.9, math.nan), (0.9, True), (0.9, None), "ab", 0.9, None],
+    ),
+    "weight_decay": (0.1, [0, 1], NOT_A_FRACTION),
+    "grad_clip_norm": (2.0, [1e-9, 1e9], NOT_POSITIVE),
+    "value_hidden_dims": (
+        (64,),
+        [(1,), (16384,) * 16],
+        [(), (0,), (64, -1), (64, 1.5), (True,), (64,) * 17, (16385,), (10**12,), ("64",), "64", 64, None],
+    ),
+    "wire": (None, [], [None, 3, "127.0.0.1:50051", {}]),
+}  # fmt: skip
+WIRE_VALUES = {
+    "host": (
+        "localhost",
+        ["127.0.0.1", "127.0.1.1", "::1"],
+        ["0.0.0.0", "10.0.0.2", "example.org", "", None, 1, True],
+    ),
+    "port": (50052, [0, 65535], [*NOT_AN_INTEGER, 65536]),
+    "connect_timeout_s": (1.0, [0.001, 10**6], NOT_POSITIVE),
+    "rollout_timeout_s": (1.0, [0.001, 10**6], NOT_POSITIVE),
+}
+
+
+def test_the_tables_name_every_option():
+    assert set(VALUES) == set(ALGORITHM)
+    assert set(WIRE_VALUES) == set(WIRE)
+    assert set(config.ALGORITHM_RULES) == set(ALGORITHM) - {"wire"}
+    assert set(config.WIRE_RULES) == set(WIRE)
+
+
+def built(name: str, value: object) -> PiRLConfig:
+    """Return options with one replaced, and whatever that one needs beside it."""
+    if name in WIRE_VALUES:
+        return PiRLConfig(wire=WireConfig(**{name: value}))
+    beside = {"gripper": "bernoulli_last"} if name == "gripper_temperature" else {}
+    return PiRLConfig(**beside, **{name: value})
+
+
+ALL_VALUES = VALUES | WIRE_VALUES
+
+
+@pytest.mark.parametrize("name", ALL_VALUES)
+def test_allowed_values_of_an_option_pass(name):
+    other, limits, _ = ALL_VALUES[name]
+    for value in ([] if other is None else [other]) + limits:
+        options = built(name, value)
+        options.validate()
+
+
+@pytest.mark.parametrize("name", ALL_VALUES)
+def test_other_values_of_an_option_are_refused_with_its_full_name_and_what_is_allowed(name):
+    rule = (config.ALGORITHM_RULES | config.WIRE_RULES).get(name)
+    full_name = f"algorithm.{'wire.' if name in WIRE else ''}{name}"
+    for value in ALL_VALUES[name][2]:
+        message = refusal(built(name, value).validate)
+        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+        assert message.startswith(f"{full_name}={shown} is not allowed; it must be "), message
+        assert message.endswith(rule.allowed if rule else "options by name")
+
+
+# what JSON and YAML can hold instead of a value of a type
+RAW_INSTEAD_OF = {
+    int: [True, False, 1.5, "many", None, [], [2], {}, {"a": 1}, "1e3"],
+    float: [True, "much", "", None, [], [0.5], {}, "nan", "inf", "-inf", "1e999"],
+    bool: [0, 1, "yes", "True", None, [], {}],
+    str: [0, True, None, [], {}, "nonsense"],
+    tuple: ["12", "", 12, None, {}, {"0": 1}, [True, 0.9], [[1], [2]], [None, 0.9], ["a", "b"]],
+    dict: [None, 3, "text", [], [{}], True],
+}
+
+
+@pytest.mark.parametrize("name", ALL_VALUES)
+def test_what_a_file_holds_instead_of_a_value_is_refused_before_it_is_converted(name):
+    cls, prefix = (WireConfig, "wire.") if name in WIRE else (PiRLConfig, "")
+    hint = typing.get_type_hints(cls)[name]
+    optional = isinstance(hint, types.UnionType)
+    kind = typing.get_args(hint)[0] if optional else typing.get_origin(hint) or hint
+    for value in RAW_INSTEAD_OF[dict if dataclasses.is_dataclass(kind) else kind]:
+        if value is None and optional:
+            continue
+        options = {"wire": {name: value}} if prefix else {name: value}
+        message = refused(with_algorithm(**options))
+        assert message.startswith(f"algorithm.{prefix}{name}="), message
+        assert " is not allowed; it must be " in message
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(name=st.sampled_from(sorted(VALUES)), value=JSON_VALUES)
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_file_holds_either_passes_or_is_refused_by_name(name, value):
+    raw = with_algorithm(gripper="bernoulli_last") if name == "gripper_temperature" else with_algorithm()
+    raw["algorithm"][name] = value
+    try:
+        decode(raw).validate()
+    except ValueError as error:
+        assert f"algorithm.{name}" in str(error)
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"gripper": "exclude", "gripper_temperature": 0.5},
+            "algorithm.gripper_temperature=0.5 does nothing with algorithm.gripper='exclude'",
+        ),
+        (
+            {"micro_batch_size": 64, "minibatch_size": 32},
+            "algorithm.micro_batch_size=64 exceeds algorithm.minibatch_size=32",
+        ),
+        ({"nonsense": 1, "more": 2}, "unknown option algorithm.nonsense, algorithm.more"),
+        ({"wire": {"hots": "localhost"}}, "unknown option algorithm.wire.hots"),
+        ({"type": "sac"}, "recipe='pi-rl' and algorithm.type='sac' disagree"),
+        ({"type": "nonsense"}, "recipe='pi-rl' and algorithm.type='nonsense' disagree"),
+        ({"type": None}, "recipe='pi-rl' and algorithm.type=None disagree"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, expected):
+    assert refused(with_algorithm(**options)).startswith(expected)
+
+
+@pytest.mark.parametrize("algorithm", [[1], "pi-rl", 3, True, []])
+def test_an_algorithm_that_is_no_group_of_options_is_refused(algorithm):
+    assert refused(base(algorithm=algorithm)).startswith(f"algorithm={algorithm!r} is not allowed")
+
+
+def test_a_value_of_any_length_makes_a_short_sentence():
+    assert len(refused(with_algorithm(value_hidden_dims=[10**9] * 10**4))) < 300
+
+
+def test_the_defaults_are_those_of_a_single_gpu_run():
+    """Defaults for X-VLA on one GPU; `max_episode_steps` is the environment's own."""
+    values = {name: getattr(PiRLConfig(), name) for name in ALGORITHM if name != "wire"}
+    assert values == {
+        **{"variant": "flow_sde", "num_denoising_steps": 5, "n_action_steps": 10, "noise_level": 0.3},
+        **{"last_step_std_position": 0.005, "last_step_std_rotation": 0.03, "last_step_prob": 0.5},
+        **{"gripper": "exclude", "gripper_temperature": None, "step_loss_weight": "inv_sensitivity"},
+        **{"episodes_per_iteration": 64, "n_envs": 16, "async_envs": False, "max_episode_steps": None},
+        **{"gamma": 0.99, "gae_lambda": 0.95, "bootstrap_truncation": True, "normalize_advantage": True},
+        **{"loss_aggregation": "token", "clip_range": 0.2, "dual_clip": 3.0, "clip_range_vf": 0.2},
+        **{"huber_delta": 10.0, "n_epochs": 1, "minibatch_size": 512, "micro_batch_size": 32},
+        **{"target_kl": 0.02, "critic_warmup_iterations": 3, "learning_rate": 2e-6},
+        **{"value_learning_rate": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.01, "grad_clip_norm": 1.0},
+        **{"value_hidden_dims": (512, 256, 128)},
+    }
+
+
+# --- the run config ------------------------------------------------------------------------------
+
+# LeRobot's options that work under the recipe
+USED = {
+    *("env", "policy", "output_dir", "job_name", "resume", "seed", "steps", "log_freq", "save_checkpoint"),
+    *("save_freq", "wandb", "checkpoint_path", "algorithm"),
+}
+# a value of every option that would do nothing, by full name
+WITHOUT_EFFECT = {
+    "dataset": {"repo_id": "someone/data"},
+    "reward_model": object(),
+    "cudnn_deterministic": True,
+    "num_workers": 8,
+    "batch_size": 64,
+    "prefetch_factor": 2,
+    "persistent_workers": False,
+    "dataloader_multiprocessing_context": None,
+    "env_eval_freq": 10,
+    "eval_steps": 5,
+    "max_eval_samples": 5,
+    "tolerance_s": 1e-3,
+    "use_policy_training_preset": False,
+    "optimizer": AdamWConfig(),
+    "scheduler": object(),
+    "eval.n_episodes": 10,
+    "eval.use_async_envs": False,
+    "eval.recording": True,
+    "peft": PeftConfig(),
+    "job.target": "a100-large",
+    "job.detach": True,
+    "save_checkpoint_to_hub": True,
+    "sample_weighting": object(),
+    "rename_map": {"a": "b"},
+    "mixer": "other",
+    "online_ratio": 0.9,
+}
+
+
+def test_every_option_of_lerobot_either_works_or_is_refused():
+    upstream = {each.name for each in dataclasses.fields(TrainRLServerPipelineConfig)}
+    assert set(INERT) | USED == upstream
+    assert not set(INERT) & USED
+    assert {name.partition(".")[0] for name in WITHOUT_EFFECT} == set(INERT)
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_an_option_of_lerobot_that_would_do_nothing_is_refused(name):
+    cfg = decode(base())
+    group, _, leaf = name.partition(".")
+    setattr(getattr(cfg, group) if leaf else cfg, leaf or group, WITHOUT_EFFECT[name])
+    message = refusal(cfg.validate)
+    assert message.startswith(
+        f"{name}={rules.shown(WITHOUT_EFFECT[name])} does nothing under recipe 'pi-rl'; "
+    )
+    assert message.endswith(INERT[group])
+
+
+@pytest.mark.parametrize("changes", [{"env_eval_freq": 0}, {"job": {"target": "local"}}, {"dataset": None}])
+def test_options_that_say_what_happens_anyway_pass(changes):
+    decode(base(**changes)).validate()
+
+
+def test_a_run_config_of_a_checkpoint_passes_on_a_machine_with_another_number_of_cores(monkeypatch):
+    cfg = decode(base())
+    cfg.validate()
+    written = json.loads(json.dumps(draccus.encode(cfg)))
+    assert written["num_workers"] == 4  # the defaults are spelled out
+    assert written["optimizer"] is written["scheduler"] is written["dataset"] is None
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    again = decode(written)
+    assert again.eval.batch_size == EvalConfig().batch_size == 44
+    again.validate()
+    again.validate()
+    assert config_hash(again) == config_hash(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"recipe": None}, "recipe=None does not fit this config"),
+        ({"recipe": "other"}, "recipe='other' does not fit this config"),
+        ({"env": None}, "env is missing"),
+        ({"env": {"type": "pusht"}}, "env.type='pusht' is not allowed; it must be one of 'tabletop', 'libero'"),
+        ({"env": {"type": "nonsense"}}, "env.type='nonsense' is unknown"),
+        ({"env": {"type": "tabletop", "task": "fly"}}, "env.task"),
+        ({"env": {"task": "reach"}}, "env: Expected a dict with a 'type' key"),
+        ({"env": [1]}, "env=[1] is not allowed"),
+        ({"dataset": {"repo_id": "someone/data"}}, "dataset={'repo_id': 'someone/data'} does nothing"),
+        ({"dataset": "someone/data"}, "dataset"),
+        ({"nonsense": 1}, "unknown option nonsense"),
+        ({"eval": {"recording_repo_id": "someone/data"}}, "eval.recording_repo_id"),
+        ({"eval": None}, "eval=None is not allowed"),
+        ({"resume": "yes"}, "resume: Couldn't parse 'yes' into a bool"),
+        ({"save_checkpoint": None}, "save_checkpoint=None is not allowed; it must be true or false"),
+        ({"wandb": {"enable": 3}}, "wandb.enable: Couldn't parse '3' into a bool"),
+        ({"wandb": {"nonsense": 3}}, "unknown option wandb.nonsense"),
+        *(({"steps": value}, f"steps={value!r} is not allowed; it must be an integer from 1")
+          for value in (0, -1, None, True, 1.5, "many", 10**10)),
+        *(({"seed": value}, f"seed={value!r} is not allowed; it must be an integer from 0")
+          for value in (-1, None, True, 1.5, "x", 2**32)),
+        *(({"save_freq": value}, f"save_freq={value!r} is not allowed") for value in (None, True, 0.5, "x")),
+        *(({"log_freq": value}, f"log_freq={value!r} is not allowed") for value in (None, True, 0.5, "x")),
+    ],
+)  # fmt: skip
+def test_a_run_option_that_is_wrong_is_refused_by_name(changes, expected):
+    assert refused(base(**changes)).startswith(expected)
+
+
+@pytest.mark.parametrize("algorithm", [None, {}, {"type": "pi-rl"}])
+def test_a_recipe_without_algorithm_means_its_defaults(algorithm):
+    raw = base(algorithm=algorithm)
+    if algorithm is None:
+        raw.pop("algorithm")
+    cfg = decode(raw)
+    cfg.validate()
+    assert cfg.algorithm == PiRLConfig()
+
+
+def test_a_type_is_not_needed_beside_options_of_the_algorithm():
+    assert decode(base(algorithm={"gamma": 0.5})).algorithm == PiRLConfig(gamma=0.5)
+
+
+def test_an_existing_output_folder_is_refused_to_the_learner_alone(tmp_path):
+    raw = base(output_dir=str(tmp_path))
+    decode(raw).validate(check_output_dir=False)
+    message = refusal(decode(raw).validate, error=FileExistsError)
+    assert message.startswith(f"output_dir={tmp_path} exists already")
+    assert "--resume=true" in message
+
+
+def test_names_that_are_left_out_are_lerobots():
+    cfg = decode(base(output_dir=None, job_name=None))
+    cfg.validate()
+    assert cfg.job_name == "tabletop_xvla"
+    assert cfg.output_dir.parts[:2] == ("outputs", "train")
+    assert cfg.output_dir.name.endswith("_tabletop_xvla")
+    assert not cfg.output_dir.exists()
+
+
+@pytest.fixture
+def resume(monkeypatch):
+    """Return a function that validates a run resumed from a config file."""
+
+    def validate(path: object, *arguments: str) -> PiRLTrainConfig:
+        monkeypatch.setattr(sys, "argv", ["learner", f"--config_path={path}", "--resume=true", *arguments])
+        cfg = decode(base(resume=True))
+        cfg.validate()
+        return cfg
+
+    return validate
+
+
+def test_a_resume_takes_policy_and_output_folder_from_the_checkpoint(resume, tmp_path):
+    folder = tmp_path / "checkpoints" / "000003" / "pretrained_model"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    (folder / "train_config.json").touch()
+    for path in (folder, folder / "train_config.json"):
+        cfg = resume(path)
+        assert cfg.policy.pretrained_path == folder
+        assert cfg.checkpoint_path == folder.parent
+
+
+def test_a_resume_of_what_is_no_checkpoint_is_refused(resume, saved_policy):
+    assert "is no checkpoint to resume" in refusal(resume, TABLETOP)
+    assert "policy.path=" in refusal(resume, TABLETOP, f"--policy.path={saved_policy}")
+
+
+def test_a_resume_without_a_config_file_is_refused():
+    assert "config_path" in refused(base(resume=True))
+
+
+# --- what the user sees --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("broken.json", '{"recipe": "pi-rl",', "cannot be read: Expecting property name"),
+        ("empty.json", "", "cannot be read: Expecting value"),
+        ("list.json", "[1]", "holds a list"),
+        ("null.json", "null", "holds nothing"),
+        ("broken.yaml", "a: [1\nb: 2", "cannot be read: while parsing a flow sequence"),
+        ("empty.yaml", "", "holds nothing"),
+        ("list.yml", "- 1", "holds a list"),
+        ("binary.json", "\x00\x01", "cannot be read: "),
+        ("run.toml", 'recipe = "pi-rl"', "its name must end in .json, .yaml, .yml"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--recipe=pi-rl"]], ids=["file alone", "recipe given"])
+def test_a_file_that_holds_no_config_is_named_and_ends_the_command_with_2(
+    monkeypatch, caplog, write, name, content, expected, arguments
+):
+    message = refused_command(monkeypatch, caplog, f"--config_path={write(name, content)}", *arguments)
+    assert message.startswith("config_path=")
+    assert name in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("path", ["none.json", "no/such/none.yaml", "no/such/folder", "/none"])
+def test_a_file_that_is_nowhere_is_named_and_ends_the_command_with_2(monkeypatch, caplog, path):
+    assert refused_command(monkeypatch, caplog, f"--config_path={path}").startswith(f"config_path={path}")
+
+
+def test_a_folder_without_a_run_config_is_refused(monkeypatch, caplog, tmp_path):
+    message = refused_command(monkeypatch, caplog, f"--config_path={tmp_path}", "--recipe=pi-rl")
+    assert message == f"config_path={tmp_path} is wrong: there is no file {tmp_path / 'train_config.json'}"
+
+
+def test_a_file_without_a_recipe_is_told_so(monkeypatch, caplog, write):
+    message = refused_command(monkeypatch, caplog, f"--config_path={write('run.json', {'steps': 3})}")
+    assert message.startswith("no recipe is selected")
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--algorithm.gamma=abc", "algorithm.gamma='abc' is not allowed; it must be a number in [0, 1]"),
+        (
+            "--algorithm.nonsense=1",
+            "unrecognized arguments: --algorithm.nonsense=1; --help lists the options",
+        ),
+        ("--policy.type=xvla --policy.path=x", "Cannot specify both --policy.path and --policy.type"),
+        ("--env.discover_packages_path=no.such.module", "Failed to load plugin 'no.such.module'"),
+    ],
+)
+def test_a_wrong_argument_ends_the_command_with_2(monkeypatch, caplog, capsys, argument, expected):
+    message = refused_command(monkeypatch, caplog, f"--config_path={TABLETOP}", *argument.split())
+    assert message.startswith(expected)
+    assert "usage" not in capsys.readouterr().err
+
+
+def refused_command(monkeypatch, caplog, *arguments: str) -> str:
+    """Return the one line that the learner's command logs before it leaves with status 2."""
+    monkeypatch.setattr(sys, "argv", ["learner", *arguments])
+    monkeypatch.setattr(launch, "_init_logging", lambda role: None)
+    monkeypatch.setattr("signal.signal", lambda *a: None)
+    with caplog.at_level(logging.INFO):
+        assert launch.main("learner") == launch.EXIT_REFUSED
+    assert len(caplog.records) == 1
+    record = caplog.records[0]
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is None
+    assert "\n" not in record.getMessage()
+    return record.getMessage()
+
+
+def test_a_refused_command_leaves_one_line_and_nothing_else(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lerobot_pirl.learner", f"--config_path={TABLETOP}"),
+            *("--output_dir=run", "--algorithm.num_denoising_steps=1"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+    assert len(errors) == 1
+    assert errors[0].endswith(
+        "algorithm.num_denoising_steps=1 is not allowed; it must be an integer from 2 to 1000"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the hash ------------------------------------------------------------------------------------
+
+# how and where a process runs; learner and actor may differ in them
+PER_PROCESS = {"n_envs", "async_envs", "wire"}
+# what is learned, and from what
+CRITICAL = {
+    *("variant", "num_denoising_steps", "n_action_steps", "noise_level", "last_step_std_position"),
+    *("last_step_std_rotation", "last_step_prob", "gripper", "gripper_temperature", "episodes_per_iteration"),
+    *("max_episode_steps", "gamma", "gae_lambda", "bootstrap_truncation", "loss_aggregation"),
+    *("normalize_advantage", "step_loss_weight", "clip_range", "dual_clip", "clip_range_vf", "huber_delta"),
+    *("n_epochs", "minibatch_size", "micro_batch_size", "target_kl", "critic_warmup_iterations"),
+    *("learning_rate", "value_learning_rate", "betas", "weight_decay", "grad_clip_norm", "value_hidden_dims"),
+}
+
+
+def valid_hash(raw: dict) -> str:
+    cfg = decode(raw)
+    cfg.validate()
+    return config_hash(cfg)
+
+
+def test_every_option_of_the_algorithm_either_counts_in_the_hash_or_is_per_process():
+    assert set(ALGORITHM) == PER_PROCESS | CRITICAL
+    assert not PER_PROCESS & CRITICAL
+    cfg = decode(base())
+    assert set(metadata.critical_config(cfg)["algorithm"]) == CRITICAL
+
+
+@pytest.mark.parametrize("name", sorted(CRITICAL - {"variant"}))
+def test_a_change_of_what_is_learned_changes_the_hash(name):
+    beside = {"gripper": "bernoulli_last"} if name == "gripper_temperature" else {}
+    value = VALUES[name][0]
+    default = getattr(PiRLConfig(), name)
+    assert value != default
+    assert valid_hash(with_algorithm(**beside)) != valid_hash(with_algorithm(**beside, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"env": {"type": "tabletop", "task": "pickup"}},
+        {"policy": {"depth": 2}},
+        {"policy": {"dtype": "bfloat16"}},
+    ],
+)
+def test_a_change_of_seed_task_or_network_changes_the_hash(changes):
+    changes = copy.deepcopy(changes)
+    if "policy" in changes:
+        changes["policy"] = read_json(TABLETOP)["policy"] | changes["policy"]
+    assert valid_hash(base(**changes)) != valid_hash(base())
+
+
+def test_the_gripper_temperature_counts_the_same_left_out_or_written():
+    left_out = valid_hash(with_algorithm(gripper="bernoulli_last"))
+    assert left_out == valid_hash(with_algorithm(gripper="bernoulli_last", gripper_temperature=0.5))
+    assert left_out != valid_hash(with_algorithm())
+
+
+def shuffled(draw, value):
+    """Return a JSON value with the keys of its objects in another order."""
+    if isinstance(value, dict):
+        keys = draw(st.permutations(list(value)))
+        return {key: shuffled(draw, value[key]) for key in keys}
+    return value
+
+
+@st.composite
+def rewritten(draw) -> str:
+    """Return the tabletop config's text, written differently but meaning the same."""
+    raw = base(algorithm=read_json(TABLETOP)["algorithm"])
+    defaults = draccus.encode(PiRLConfig())
+    for name in draw(st.sets(st.sampled_from(sorted(set(ALGORITHM) - set(raw["algorithm"]))))):
+        raw["algorithm"][name] = defaults[name]
+    raw["algorithm"] |= draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "n_envs": st.integers(1, 64),
+                "async_envs": st.booleans(),
+                "wire": st.fixed_dictionaries(
+                    {}, optional={"port": st.integers(1, 65535), "connect_timeout_s": st.integers(1, 99)}
+                ),
+            },
+        )
+    )
+    raw |= draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "output_dir": st.sampled_from(["outputs/a", "outputs/b"]),
+                "log_freq": st.integers(0, 99),
+                "steps": st.integers(1, 10**6),
+                "save_freq": st.integers(0, 99),
+                "job_name": st.sampled_from(["a", "b"]),
+                "wandb": st.just({"project": "other"}),
+            },
+        )
+    )
+    raw["policy"]["device"] = draw(st.sampled_from(["cpu", "cuda"]))
+    text = json.dumps(shuffled(draw, raw))
+    rate = json.dumps(raw["algorithm"]["learning_rate"])
+    other = draw(st.sampled_from([rate, "0.000005", "5e-6", "5E-06", "0.5e-5", "50e-7"]))
+    return text.replace(f'"learning_rate": {rate}', f'"learning_rate": {other}')
+
+
+@given(text=rewritten())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_hash_does_not_depend_on_how_a_config_is_written_or_where_it_runs(text):
+    assert valid_hash(json.loads(text)) == valid_hash(base())
+
+
+# --- the shipped configs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pirl_tabletop.json", "pirl_libero10_smoke.json"])
+def test_a_shipped_config_is_valid(name):
+    cfg = decode(read_json(CONFIGS / name))
+    cfg.validate(check_output_dir=False)
+    registry.policy_adapter(cfg.policy.type).validate(cfg)
+
+
+def test_the_shipped_config_of_the_real_policy_has_the_defaults_of_a_single_gpu_run(parse, saved_policy):
+    path = CONFIGS / "pirl_libero10_xvla.json"
+    assert read_json(path)["policy"]["path"] == "lerobot/xvla-libero"
+    cfg = parse(f"--config_path={path}", f"--policy.path={saved_policy}")
+    cfg.validate(check_output_dir=False)
+    registry.policy_adapter("xvla").validate(cfg)
+    assert cfg.policy.dtype == "bfloat16"
+    assert (cfg.env.task, cfg.env.control_mode, cfg.env.task_ids) == ("libero_10", "absolute", None)
+    expected = PiRLConfig(max_episode_steps=520, episodes_per_iteration=80, n_envs=10, async_envs=True)
+    assert cfg.algorithm == expected
+    # ten tasks, alike often
+    assert cfg.algorithm.episodes_per_iteration % 10 == 0
+
+
+def test_all_shipped_configs_are_tested():
+    names = {"pirl_tabletop.json", "pirl_libero10_smoke.json", "pirl_libero10_xvla.json"}
+    assert {path.name for path in CONFIGS.iterdir()} == names

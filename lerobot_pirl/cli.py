@@ -1,0 +1,64 @@
+"""The command ``lerobot-pirl``; every subcommand imports what it needs when it runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from lerobot_pirl import __version__
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Check this machine and, with --config_path, a run config."""
+    parser.add_argument(
+        "--config_path",
+        metavar="FILE",
+        help="also check that this run config parses, validates and finds what it names",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lerobot_pirl import doctor
+
+        return doctor.run(args.config_path)
+
+    return run
+
+
+# name -> function that adds the subcommand's arguments and returns what runs it; its docstring is the help
+SUBCOMMANDS: dict[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
+    "doctor": _doctor,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="lerobot-pirl",
+        description="Tools around piRL runs; the runs themselves are started with LeRobot's learner and actor.",
+    )
+    parser.add_argument("--version", action="version", version=f"lerobot-pirl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
+        command.set_defaults(run=add(command))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read has seen enough, as `head` does; the interpreter would complain when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,7 +76,9 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
                 raise
             self._stop()
             self.closed = True
-            raise RuntimeError(notice) from error
+            # without frames: a failed send leaves a memoryview there, on which the garbage collector of Python
+            # 3.12.1 crashes (python/cpython#77894)
+            raise RuntimeError(notice) from error.with_traceback(None)
 
     def _death_notice(self) -> str | None:
         sentinels = [process.sentinel for process in self.processes]

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from lerobot_pirl import flow
 from lerobot_pirl.algorithm import load_weights
 from lerobot_pirl.build import make_adapter
+from lerobot_pirl.policies import xvla
 from lerobot_pirl.policies.base import chain_log_prob, sample_actions
 from lerobot_pirl.policies.xvla import (
     GRIPPER,
@@ -389,6 +390,16 @@ def test_bfloat16_policy_is_close_to_the_float32_policy_and_trains_in_float32():
     assert decoder[3].abs().sum() > 0 and decoder[:3].abs().sum() == 0
 
 
+def test_bfloat16_policy_encodes_and_acts_on_an_observation():
+    adapter = adapter_with({"dtype": "bfloat16"})
+    adapter.run_config = tiny_config()
+    features = adapter.encode(observe(adapter)[2])
+    assert features["vlm_features"].dtype == torch.bfloat16
+    drawn = sample(adapter, features)
+    assert torch.isfinite(adapter.environment_actions(drawn.actions)).all()
+    torch.testing.assert_close(recompute(adapter, features, drawn), drawn.log_prob, atol=1e-2, rtol=0)
+
+
 # --- from the environment's observation to the network ----------------------------------------------------
 
 
@@ -558,6 +569,7 @@ def test_the_tiny_config_is_valid():
     ("part", "changes", "match"),
     [
         ("policy", {"action_mode": "joint"}, r"policy.action_mode='joint' is not supported.*'ee6d'"),
+        ("policy", {"use_peft": True}, r"policy.use_peft=True is not supported; merge"),
         ("env", {"control_mode": "relative"}, r"env.control_mode='relative'.*to 'absolute'"),
         ("algorithm", {"n_action_steps": 9}, r"n_action_steps=9 exceeds policy.chunk_size=8; lower"),
         ("policy", {"num_domains": 3}, r"policy.num_domains=3 .* use 4 or more"),
@@ -622,6 +634,21 @@ def test_saved_processors_do_what_the_built_ones_do(adapter, observed, saved):
     assert torch.equal(executed, adapter.environment_actions(actions))
 
 
+def test_processors_come_from_the_same_revision_as_the_weights(saved, monkeypatch):
+    cfg, folder = saved
+    cfg.policy.pretrained_revision = "v1.2"
+    asked = {}
+    original = xvla.make_pre_post_processors
+    monkeypatch.setattr(
+        xvla,
+        "make_pre_post_processors",
+        lambda *args, **kwargs: asked.update(kwargs) or original(*args, **kwargs),
+    )
+    make_processors(cfg.policy, cfg.env)
+    assert asked["pretrained_revision"] == "v1.2"
+    assert asked["pretrained_path"] == str(folder)
+
+
 def test_saved_processors_find_the_packaged_tokenizer_wherever_they_were_saved(saved):
     cfg, folder = saved
 
@@ -679,8 +706,6 @@ def test_saved_processors_without_a_tokenizer_are_refused(saved, tokenizer_name)
     ],
 )
 def test_an_environment_pipeline_without_a_needed_step_is_refused(monkeypatch, where, step_name, match):
-    from lerobot_pirl.policies import xvla
-
     original = xvla.make_env_pre_post_processors
 
     def stripped(env_cfg, policy_cfg):
@@ -705,6 +730,17 @@ def test_saved_policy_loads_into_an_equal_adapter(adapter, saved):
     before, after = adapter.policy.state_dict(), loaded.policy.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stock_x_vla_loads_the_saved_policy_and_acts_alike(adapter, observed, saved):
+    stock = XVLAPolicy.from_pretrained(saved[1])
+    assert stock.config.num_denoising_steps == 4
+    assert stock.config.n_action_steps == 4
+    actions = []
+    for policy in (stock, adapter.policy):
+        torch.manual_seed(6)
+        actions.append(policy.predict_action_chunk(dict(observed[2])))
+    assert torch.equal(actions[0], actions[1])
 
 
 def test_weights_of_another_shape_are_refused(saved):

@@ -89,7 +89,10 @@ def make_processors(policy_cfg: Any, env_cfg: Any) -> Processors:
             overrides["tokenizer_processor"] = {"tokenizer_name": resolve_tokenizer(PACKAGED_TOKENIZER)}
         try:
             pre, post = make_pre_post_processors(
-                policy_cfg, pretrained_path=str(policy_cfg.pretrained_path), preprocessor_overrides=overrides
+                policy_cfg,
+                pretrained_path=str(policy_cfg.pretrained_path),
+                pretrained_revision=policy_cfg.pretrained_revision,
+                preprocessor_overrides=overrides,
             )
         except KeyError as error:
             raise ValueError(
@@ -156,6 +159,10 @@ class XVLAAdapter:
         if policy.action_mode != "ee6d":
             raise ValueError(
                 f"policy.action_mode={policy.action_mode!r} is not supported; X-VLA under piRL runs with 'ee6d'"
+            )
+        if policy.use_peft:
+            raise ValueError(
+                "policy.use_peft=True is not supported; merge the PEFT adapter into the weights and set it to False"
             )
         control_mode = getattr(cfg.env, "control_mode", "absolute")
         if control_mode != "absolute":

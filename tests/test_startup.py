@@ -118,9 +118,12 @@ def test_a_config_that_may_not_be_opened_selects_nothing(stub, monkeypatch):
     assert hook.selected_recipe(["--config_path=recipe.json"]) is None
 
 
-def test_a_pipe_is_left_for_lerobot_to_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer that never comes
+def test_a_pipe_is_left_for_lerobot_to_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: opened.append(args))
     assert hook.selected_recipe([f"--config_path={tmp_path / 'pipe'}"]) is None
+    assert opened == []
 
 
 # which LeRobot versions are known

@@ -68,13 +68,15 @@ def or_null(rule: Rule) -> Rule:
 
 def _is_loopback(host: Any) -> bool:
     try:
-        return host == "localhost" or (isinstance(host, str) and ipaddress.ip_address(host).is_loopback)
+        return host == "localhost" or (isinstance(host, str) and ipaddress.IPv4Address(host).is_loopback)
     except ValueError:
         return False
 
 
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-LOOPBACK = Rule("a loopback address such as '127.0.0.1'; an SSH tunnel bridges two machines", _is_loopback)
+LOOPBACK = Rule(
+    "an IPv4 loopback address such as '127.0.0.1'; an SSH tunnel bridges two machines", _is_loopback
+)
 POSITIVE = number("a finite number > 0", lambda value: value > 0)
 
 

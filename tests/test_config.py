@@ -346,8 +346,8 @@ VALUES = {
 WIRE_VALUES = {
     "host": (
         "localhost",
-        ["127.0.0.1", "127.0.1.1", "::1"],
-        ["0.0.0.0", "10.0.0.2", "example.org", "", None, 1, True],
+        ["127.0.0.1", "127.0.1.1"],
+        ["0.0.0.0", "::1", "10.0.0.2", "example.org", "", None, 1, True],
     ),
     "port": (50052, [0, 65535], [*NOT_AN_INTEGER, 65536]),
     "connect_timeout_s": (1.0, [0.001, 10**6], NOT_POSITIVE),

@@ -16,7 +16,8 @@ _EPISODE_FIELDS = ("episode_lengths", "task_id", "init_state_id", "success", "en
 
 def derive_seed(*keys: int) -> int:
     """Return a seed below 2**31 that depends on every key, for example (run seed, iteration)."""
-    return int(np.random.SeedSequence(keys).generate_state(1)[0] >> 1)
+    # the count tells (1, 2) from (1, 2, 0), which numpy pads alike
+    return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1)[0] >> 1)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
+UV = shutil.which("uv")
 
 _UPSTREAM = """
 import sys
@@ -20,16 +21,16 @@ if __name__ == "__main__":
     main()
 """
 
-# Stands in for the heavy mains: says who runs, and what it sees.
+# Stands in for our heavy mains unless STUB_MAINS=0: says who runs.
 _SITECUSTOMIZE = """
-import sys, types
+import os, sys, types
 
 def make(role):
     def main():
         print("ours", role, sys.argv[1:])
     return main
 
-for role in ("learner", "actor"):
+for role in ("learner", "actor") if os.environ.get("STUB_MAINS") != "0" else ():
     module = types.ModuleType(f"lerobot_pirl.{role}")
     module.main = make(role)
     sys.modules[module.__name__] = module
@@ -102,30 +103,36 @@ def site_packages(python: Path) -> Path:
     return python.parent.parent / "lib" / version / "site-packages"
 
 
-def _uv() -> str:
-    uv = shutil.which("uv")
-    assert uv, "this test builds and installs with uv: `pip install uv`"
-    return uv
+def _tool(*command: object) -> None:
+    # from the repository, whose .python-version a pyenv shim of uv needs
+    check_run(*command, cwd=REPO, timeout=300)
 
 
 def build_wheel(source: Path, out: Path) -> Path:
     """Build the wheel of a project into ``out``; return its path."""
-    check_run(
-        _uv(), "build", "--wheel", "--quiet", "--python", sys.executable, "-o", out, source, cwd=out.parent
-    )
+    if UV:
+        _tool(UV, "build", "--wheel", "--quiet", "--python", sys.executable, "--out-dir", out, source)
+    else:
+        _tool(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source)
     (wheel,) = out.glob("*.whl")
     return wheel
 
 
 def install(python: Path, *requirements: object) -> None:
     """Install into an environment, without dependencies."""
-    command = (_uv(), "pip", "install", "--quiet", "--python", python, "--no-deps", *requirements)
-    check_run(*command, cwd=python.parent)
+    if UV:
+        _tool(UV, "pip", "install", "--quiet", "--python", python, "--no-deps", *requirements)
+    else:
+        pip = (sys.executable, "-m", "pip", "--python", python)
+        _tool(*pip, "install", "--quiet", "--no-deps", "--disable-pip-version-check", *requirements)
 
 
 def uninstall(python: Path, name: str) -> None:
     """Uninstall a distribution from an environment."""
-    check_run(_uv(), "pip", "uninstall", "--quiet", "--python", python, name, cwd=python.parent)
+    if UV:
+        _tool(UV, "pip", "uninstall", "--quiet", "--python", python, name)
+    else:
+        _tool(sys.executable, "-m", "pip", "--python", python, "uninstall", "--quiet", "--yes", name)
 
 
 def link_dependencies(target: Path) -> None:

@@ -1,7 +1,6 @@
 """The actor: fetch version k, collect its episodes, send them."""
 
 import contextlib
-import json
 import logging
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +37,7 @@ class Actor:
         wire = algorithm.wire
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
-        logger.info("metadata %s", json.dumps(asdict(self.metadata)))
+        logger.info("metadata %s", self.metadata.one_line())
         self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}

@@ -1,6 +1,5 @@
 """The learner: publish version k, receive the rollouts of version k, update, log, save."""
 
-import json
 import logging
 import signal
 import time
@@ -66,7 +65,7 @@ class Learner:
         self.metrics = MetricsLog(cfg, self.version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
-        logger.info("metadata %s", json.dumps(asdict(self.metadata)))
+        logger.info("metadata %s", self.metadata.one_line())
         logger.info(
             "policy %s: %s parameters, %s train; output folder %s; listening on %s:%d",
             cfg.policy.type,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import draccus
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 FORMAT_VERSION = 1
-# shown on both sides, never judged: two machines mount a config in different places, a peer has no run id yet
-SHOWN_ONLY = ("config_path", "run_id")
+# never judged: two machines mount a config in different places, a peer has no run id yet, and the config is
+# judged by its hash
+SHOWN_ONLY = ("config_path", "run_id", "config")
 # per-process settings, which change where and how fast a run goes but not what it computes
 _PROCESS_ALGORITHM = ("wire", "n_envs", "async_envs")
 _PROCESS_POLICY = (
@@ -37,7 +38,7 @@ class MetadataMismatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Metadata:
-    """What has to agree between learner, actor and checkpoint."""
+    """What has to agree between learner, actor and checkpoint; ``config`` is what ``config_hash`` is made of."""
 
     format_version: int
     recipe: str
@@ -53,6 +54,11 @@ class Metadata:
     package_version: str
     lerobot_version: str
     run_id: str
+    config: dict[str, Any]
+
+    def one_line(self) -> str:
+        """Return all fields but the config as JSON, for a log."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "config"})
 
 
 def _canonical(value: Any) -> Any:
@@ -123,7 +129,29 @@ def make_metadata(cfg: Any, policy: nn.Module, config_path: str | None, run_id: 
         package_version=importlib_metadata.version("lerobot-pirl"),
         lerobot_version=importlib_metadata.version("lerobot"),
         run_id=run_id,
+        config=_canonical(critical_config(cfg)),
     )
+
+
+def _options(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as options by their full names."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    return {
+        name: value
+        for key, item in config.items()
+        for name, value in _options(item, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _differing_options(mine: Any, theirs: Any) -> list[tuple[str, str, str]]:
+    """Return (option, their value, my value) of every option on which two configs differ."""
+    ours, others = _options(mine), _options(theirs)
+    return [
+        (name, json.dumps(others.get(name)), json.dumps(ours.get(name)))
+        for name in ours | others
+        if ours.get(name) != others.get(name)
+    ]
 
 
 def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:
@@ -141,6 +169,8 @@ def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: st
     shown = [*differing, "config_path"]
     rows = [("field", their_label, my_label)]
     rows += [(name, str(theirs.get(name, "-")), str(mine.get(name, "-"))) for name in shown]
+    if mine.get("config") and theirs.get("config"):
+        rows += _differing_options(mine["config"], theirs["config"])
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     # a field that one side does not know was written by another version of this package

@@ -14,28 +14,31 @@ from lerobot_pirl.metadata import config_hash, frozen_digest, validate_metadata
 from tests.toy import CONFIGS, tiny_config
 
 CONFIG = CONFIGS / "pirl_tabletop.json"
-METADATA = Metadata(
-    format_version=1,
-    recipe="pi-rl",
-    variant="flow_sde",
-    config_path="configs/a.json",
-    config_hash="1" * 64,
-    policy_type="xvla",
-    policy_features="{}",
-    action_mode="ee6d",
-    num_denoising_steps=5,
-    n_action_steps=10,
-    encoder_digest="2" * 64,
-    package_version="0.1.0",
-    lerobot_version="0.6.1",
-    run_id="a-run",
-)
+VALUES = {
+    "format_version": 1,
+    "recipe": "pi-rl",
+    "variant": "flow_sde",
+    "config_path": "configs/a.json",
+    "config_hash": "1" * 64,
+    "policy_type": "xvla",
+    "policy_features": "{}",
+    "action_mode": "ee6d",
+    "num_denoising_steps": 5,
+    "n_action_steps": 10,
+    "encoder_digest": "2" * 64,
+    "package_version": "0.1.0",
+    "lerobot_version": "0.6.1",
+    "run_id": "a-run",
+}
+METADATA = Metadata(**({field.name: {} for field in fields(Metadata)} | VALUES))
 SHOWN_ONLY = ("config_path", "run_id")
-JUDGED = [field.name for field in fields(Metadata) if field.name not in SHOWN_ONLY]
+JUDGED = [name for name in VALUES if name not in SHOWN_ONLY]
 
 
 def changed(name: str) -> Metadata:
     value = getattr(METADATA, name)
+    if isinstance(value, dict):
+        return replace(METADATA, **{name: value | {"seed": 2}})
     return replace(METADATA, **{name: value + 1 if isinstance(value, int) else f"other-{value}"})
 
 
@@ -103,6 +106,22 @@ def test_several_differences_are_told_at_once_with_every_remedy_once():
     assert lines[-1] == (
         "What to do: give both sides the same config file and overrides; install the same lerobot on both sides."
     )
+
+
+def test_another_config_is_told_option_by_option():
+    config = {"seed": 1, "algorithm": {"gamma": 0.9, "betas": [0.9, 0.95], "dual_clip": 3}, "env": {}}
+    theirs = replace(METADATA, config=config, config_hash="3" * 64)
+    lines = mismatch(asdict(METADATA), json.loads(json.dumps(asdict(theirs))))
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
+    assert rows["algorithm.gamma"] == ["0.9", "0.99"]
+    assert rows["algorithm.dual_clip"] == ["3", "null"]
+    assert rows["env"] == ["{}", "null"]
+    assert set(rows) == {"config_hash", "config_path", "algorithm.gamma", "algorithm.dual_clip", "env"}
+
+
+def test_the_line_for_the_log_leaves_the_config_out():
+    shown = json.loads(METADATA.one_line())
+    assert shown == {key: value for key, value in asdict(METADATA).items() if key != "config"}
 
 
 def test_the_columns_of_the_table_are_aligned():

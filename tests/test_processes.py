@@ -119,6 +119,7 @@ def test_two_terminals_train_refuse_a_stranger_and_meet_a_restarted_actor(run):
     assert stranger.status() == 1
     table = stranger.text()
     assert re.search(r"config_hash +\w{64} +\w{64}", table)
+    assert re.search(r"algorithm.gamma +0.99 +0.9\n", table)
     assert "the same config file" in table
     assert "Traceback" not in table
     learner.wait_for("an actor refused this learner")

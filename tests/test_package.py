@@ -232,7 +232,8 @@ def test_uninstalling_leaves_nothing(wheel, tmp_path, kind):
     env = {"PYTHONDONTWRITEBYTECODE": "1"}
 
     def files() -> list[Path]:
-        return sorted([*python.parent.iterdir(), *site_packages(python).rglob("*")])
+        found = sorted([*python.parent.iterdir(), *site_packages(python).rglob("*")])
+        return [path for path in found if path.name != "__pycache__"]
 
     before = files()
     install(python, *requirement(kind, wheel))

@@ -17,7 +17,6 @@ from typing import Any
 from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint
 from lerobot.optim import load_optimizer_state
 from lerobot.utils.constants import (
-    CHECKPOINTS_DIR,
     LAST_CHECKPOINT_LINK,
     OPTIMIZER_PARAM_GROUPS,
     OPTIMIZER_STATE,
@@ -36,7 +35,6 @@ __all__ = [
     "CheckpointError",
     "Metadata",
     "MetadataMismatch",
-    "last_checkpoint",
     "load",
     "make_metadata",
     "save",
@@ -255,8 +253,3 @@ def _restore_rng(state: Path) -> None:
         except Exception:
             set_rng_state(before)
             raise
-
-
-def last_checkpoint(output_dir: Path) -> Path:
-    """Return where ``last`` points in a run's folder."""
-    return Path(output_dir) / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK

@@ -376,7 +376,7 @@ def test_last_goes_back_with_a_run_that_was_resumed_from_an_older_checkpoint(run
     monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
     run.save(step=4)
     run.save(step=2)
-    assert checkpoint.last_checkpoint(tmp_path).resolve() == tmp_path / "checkpoints" / "000002"
+    assert os.readlink(tmp_path / "checkpoints" / "last") == "000002"
 
 
 # refusing

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -29,9 +29,10 @@ VALUES = {
     "package_version": "0.1.0",
     "lerobot_version": "0.6.1",
     "run_id": "a-run",
+    "config": {"seed": 1, "algorithm": {"gamma": 0.99, "betas": [0.9, 0.95]}},
 }
-METADATA = Metadata(**({field.name: {} for field in fields(Metadata)} | VALUES))
-SHOWN_ONLY = ("config_path", "run_id")
+METADATA = Metadata(**VALUES)
+SHOWN_ONLY = ("config_path", "run_id", "config")
 JUDGED = [name for name in VALUES if name not in SHOWN_ONLY]
 
 

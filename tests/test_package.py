@@ -233,7 +233,7 @@ def test_uninstalling_leaves_nothing(wheel, tmp_path, kind):
 
     def files() -> list[Path]:
         found = sorted([*python.parent.iterdir(), *site_packages(python).rglob("*")])
-        return [path for path in found if path.name != "__pycache__"]
+        return [path for path in found if "sitecustomize" not in path.name and path.name != "__pycache__"]
 
     before = files()
     install(python, *requirement(kind, wheel))

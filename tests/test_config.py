@@ -854,6 +854,8 @@ def rewritten(draw) -> str:
         )
     )
     raw["policy"]["device"] = draw(st.sampled_from(["cpu", "cuda"]))
+    # an option that LeRobot does not convert
+    raw["policy"]["florence_config"]["vision_config"]["drop_path_rate"] = draw(st.sampled_from([0, 0.0]))
     text = json.dumps(shuffled(draw, raw))
     rate = json.dumps(raw["algorithm"]["learning_rate"])
     other = draw(st.sampled_from([rate, "0.000005", "5e-6", "5E-06", "0.5e-5", "50e-7"]))

@@ -76,7 +76,8 @@ class Actor:
         Raises:
             RunError: when the learner's metadata differ from this actor's; the learner is told why.
         """
-        theirs = message.header.get("metadata", {})
+        theirs = message.header.get("metadata")
+        theirs = theirs if isinstance(theirs, dict) else {}
         validator = registry.checkpoint_validator(self.cfg.recipe)
         try:
             validator(asdict(self.metadata), theirs, "actor", "learner")

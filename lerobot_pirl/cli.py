@@ -27,9 +27,29 @@ def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     return run
 
 
+def _plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Draw the curves of runs as learning_curve.png in their output folders."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+
+    def run(args: argparse.Namespace) -> int:
+        from lerobot_pirl.plots import plot_run, summary
+
+        failed = False
+        for folder in args.runs:
+            try:
+                print(f"{folder}: {summary(folder)}; {plot_run(folder)}")
+            except (ValueError, OSError) as error:
+                failed = True
+                print(error, file=sys.stderr)
+        return EXIT_FAILED if failed else 0
+
+    return run
+
+
 # name -> function that adds the subcommand's arguments and returns what runs it; its docstring is the help
 SUBCOMMANDS: dict[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
     "doctor": _doctor,
+    "plot": _plot,
 }
 
 

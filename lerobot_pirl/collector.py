@@ -44,11 +44,15 @@ class _Episode:
 
     spec: EpisodeSpec
     seed: int
+    generator: torch.Generator = field(init=False)
     rows: list[dict[str, Any]] = field(default_factory=list)
     final_features: Features | None = None
     done: bool = False
     success: bool = False
     env_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
 
 
 class Collector:
@@ -83,7 +87,6 @@ class Collector:
         """Run the episodes with the policy as it is; finished environments take the next one in the list."""
         started = time.perf_counter()
         self._seconds = {"env_s": 0.0, "inference_s": 0.0}
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, policy_version))
         episodes = [_Episode(spec, derive_seed(self.seed, policy_version, spec.number)) for spec in specs]
         waiting = list(episodes)
         slots: list[_Episode | None] = [None] * self.envs.num_envs
@@ -93,7 +96,8 @@ class Collector:
             active = [i for i, episode in enumerate(slots) if episode is not None and not episode.done]
             with self._timed("inference_s"):
                 features = self._encode(observation, active)
-                sample = sample_actions(self.adapter, features, self.last_step_prob, generator)
+                generators = [slots[i].generator for i in active]
+                sample = sample_actions(self.adapter, features, self.last_step_prob, generators)
                 actions = self._environment_actions(sample, active)
                 rows = _split_rows(features, sample)
             gripper_flips += float(sample.gripper_flips.sum())

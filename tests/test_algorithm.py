@@ -17,9 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def make_rollout(adapter: XVLAAdapter, lengths=(3, 2, 4), seed=0, last_step_prob=0.5) -> Rollout:
     """Rows with features of random observations; the first episode succeeds, the others run out of time."""
     rows = sum(lengths)
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(rows)]
     features = tiny_features(adapter, rows, seed=seed)
-    sample = sample_actions(adapter, features, last_step_prob, generator)
+    sample = sample_actions(adapter, features, last_step_prob, generators)
     ends = torch.tensor(lengths).cumsum(0) - 1
     rewards = torch.zeros(rows)
     rewards[ends[0]] = 1.0

@@ -327,6 +327,24 @@ def test_tiny_xvla_gives_bit_identical_rollouts_that_its_log_probs_confirm(n_env
     torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-3)
 
 
+def test_an_episode_does_not_depend_on_the_episodes_that_run_beside_it():
+    alone = collect(1, specs(0, 9, 17, 3, 8))
+    for n_envs in (2, 3, 5, 8):
+        assert_equal(alone, collect(n_envs, specs(0, 9, 17, 3, 8)), atol=1e-6)
+
+
+def test_tiny_xvla_collects_the_same_with_any_number_of_environments():
+    adapter = tiny_adapter()
+    cfg = adapter.run_config
+    wanted = episode_specs({0: 50}, 0, 5)
+    rollouts = [
+        Collector(make_chunk_envs(cfg.env, n_envs, CHUNK, 8), adapter, 0.5, cfg.seed).collect(wanted, 2)
+        for n_envs in (1, 4)
+    ]
+    # what differs is float32's rounding in batches of another size
+    assert_equal(*rollouts, atol=1e-2)
+
+
 def test_worker_processes_collect_the_same():
     cfg = TabletopEnv(observation_height=16, observation_width=16)
     rollouts = []

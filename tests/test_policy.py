@@ -58,7 +58,9 @@ def features_for(adapter: XVLAAdapter, rows: int = ROWS) -> dict[str, Tensor]:
 
 
 def sample(adapter, features, seed=0, last_step_prob=0.5):
-    return sample_actions(adapter, features, last_step_prob, torch.Generator().manual_seed(seed))
+    rows = len(next(iter(features.values())))
+    generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(rows)]
+    return sample_actions(adapter, features, last_step_prob, generators)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ Shapes: ``B`` batch, ``K`` denoising steps, ``S`` stored stochastic steps, ``H``
 ``A`` executed rows (``n_action_steps``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,19 +96,30 @@ def _gripper_log_prob(adapter: PolicyAdapter, bits: Tensor, logits: Tensor, last
 
 @torch.no_grad()
 def sample_actions(
-    adapter: PolicyAdapter, features: Features, last_step_prob: float, generator: torch.Generator
+    adapter: PolicyAdapter, features: Features, last_step_prob: float, generators: Sequence[torch.Generator]
 ) -> ActionSample:
     """Draw a chunk per sample with one stochastic denoising step each (hybrid Flow-SDE).
 
-    All randomness comes from ``generator`` (CPU), so that a run is reproducible whatever the device.
+    Args:
+        adapter: the policy.
+        features: of ``B`` observations.
+        last_step_prob: probability that the last step is the stochastic one.
+        generators: one per sample, on the CPU: what an episode draws depends neither on the device nor on the
+            episodes that run beside it.
     """
     noise_std = adapter.noise_std
     num_steps, chunk_size, action_dim = noise_std.shape
-    batch_size = len(next(iter(features.values())))
+    batch_size = len(generators)
     device = noise_std.device
-    step_index = flow.draw_step_index(batch_size, num_steps, last_step_prob, generator).to(device)
-    x_1, noise = torch.randn(2, batch_size, chunk_size, action_dim, generator=generator).to(device)
-    uniform = torch.rand(batch_size, adapter.n_action_steps, generator=generator).to(device)
+    draws = [
+        (
+            flow.draw_step_index(1, num_steps, last_step_prob, generator)[0],
+            *torch.randn(2, chunk_size, action_dim, generator=generator),
+            torch.rand(adapter.n_action_steps, generator=generator),
+        )
+        for generator in generators
+    ]
+    step_index, x_1, noise, uniform = (torch.stack(drawn).to(device) for drawn in zip(*draws, strict=True))
     result = flow.sample_chain(
         lambda x_t, t: adapter.predict_x0(features, x_t, t), x_1, noise_std, step_index, noise
     )

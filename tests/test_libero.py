@@ -1,0 +1,321 @@
+"""LIBERO for real: chunked stepping shows, does and earns what LeRobot's own environment does step by step."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from lerobot.envs.configs import LiberoEnv as LiberoConfig
+
+from lerobot_pirl.envs import TabletopTask, make_chunk_envs, num_init_states, task_description, task_ids
+from lerobot_pirl.envs.check import check_libero, rendered_frame
+from lerobot_pirl.envs.chunk import _make_slot
+from lerobot_pirl.envs.libero import selected_tasks
+
+pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
+
+CHUNK, SIZE, TASK = 5, 128, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def usable() -> None:
+    """Skip everything here where LIBERO is not usable, and say why."""
+    for name, well, detail in check_libero():
+        if not well:
+            pytest.skip(f"{name}: {detail}")
+
+
+def config(**options) -> LiberoConfig:
+    options = {"task": "libero_10", "task_ids": [TASK, TASK + 1], "control_mode": "absolute"} | options
+    return LiberoConfig(observation_height=SIZE, observation_width=SIZE, **options)
+
+
+@pytest.fixture(scope="module")
+def fast(usable):
+    env = _make_slot(config(), CHUNK, None, TASK)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def stock(fast):
+    """LeRobot's environment of the same task."""
+    from lerobot.envs.libero import LiberoEnv, _get_suite
+
+    kwargs = {key: value for key, value in config().gym_kwargs.items() if key != "task_ids"}
+    env = LiberoEnv(_get_suite("libero_10"), TASK, "libero_10", control_mode="absolute", **kwargs)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def simulator(env):
+    """The robosuite environment inside."""
+    return getattr(env, "env", env)._env.env
+
+
+def start(env, init_state_id: int, seed: int = 3) -> dict:
+    env.init_state_id = init_state_id
+    return env.reset(seed=seed)[0]
+
+
+def leaves(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def assert_same(left: dict, right: dict, only: str = "") -> None:
+    left, right = leaves(left), leaves(right)
+    assert set(left) == set(right)
+    for name in left:
+        if name.startswith(only):
+            np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def physics_of(env) -> np.ndarray:
+    data = simulator(env).sim.data
+    return np.concatenate([data.qpos, data.qvel])
+
+
+def pose(observation: dict, offset=(0.0, 0.0, 0.0), gripper: float = -1.0, turn: float = 0.0) -> np.ndarray:
+    """The action that goes ``offset`` metres away from where the arm is and turns it about the vertical."""
+    from scipy.spatial.transform import Rotation  # comes with LIBERO
+
+    eef = observation["robot_state"]["eef"]
+    # the controller's frame is that of `mat`; `quat` is that of another body of the hand
+    rotation = Rotation.from_rotvec([0, 0, turn]) * Rotation.from_matrix(eef["mat"])
+    return np.concatenate([eef["pos"] + offset, rotation.as_rotvec(), [gripper]]).astype(np.float32)
+
+
+def wandering_actions(observation: dict, count: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    offsets = np.cumsum(rng.uniform(-0.02, 0.02, (count, 3)), axis=0)
+    return np.stack([pose(observation, offset, (-1.0) ** (i // 4)) for i, offset in enumerate(offsets)])
+
+
+def step_singly(env, actions: np.ndarray) -> tuple[dict, float, bool]:
+    """Step LeRobot's environment as it comes, until success; returns the last observation and summed rewards."""
+    total = 0.0
+    for action in actions:
+        observation, reward, terminated, _, info = env.step(action)
+        total += reward
+        if terminated:
+            break
+    return observation, total, info["is_success"]
+
+
+# --- the same as LeRobot's environment ------------------------------------------------------------------------
+
+
+def test_first_observation_of_an_episode_is_the_same(fast, stock):
+    assert_same(start(fast, 4), start(stock, 4))
+    np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+
+
+def test_whole_episode_with_a_time_out_inside_a_chunk_is_the_same(fast, stock, monkeypatch):
+    limit = 2 * CHUNK + 3
+    monkeypatch.setattr(fast, "_max_episode_steps_given", limit)
+    observation = start(fast, 0)
+    start(stock, 0)
+    actions = wandering_actions(observation, 3 * CHUNK)
+    for number in range(3):
+        chunk = actions[number * CHUNK : (number + 1) * CHUNK]
+        ours, reward, _, _, info = fast.step(chunk)
+        theirs, expected, success = step_singly(stock, chunk[: limit - number * CHUNK])
+        assert_same(ours, theirs)
+        np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+        assert (reward, info["is_success"]) == (expected, success) == (0.0, False)
+    assert (info["n_steps"], info["truncated"], info["episode_steps"]) == (3, True, limit)
+
+
+def test_success_inside_a_chunk_is_the_same_and_ends_the_episode(fast, stock, monkeypatch):
+    observation = start(fast, 1)
+    start(stock, 1)
+    for env in (fast, stock):
+        inner = simulator(env)
+        goal = inner.timestep + CHUNK + 3
+        monkeypatch.setattr(inner, "_check_success", lambda inner=inner, goal=goal: inner.timestep >= goal)
+    actions = wandering_actions(observation, 2 * CHUNK)
+    before, reward, *_ = fast.step(actions[:CHUNK])
+    assert_same(before, step_singly(stock, actions[:CHUNK])[0])
+    assert reward == 0.0
+    ours, reward, _, _, info = fast.step(actions[CHUNK:])
+    theirs, expected, success = step_singly(stock, actions[CHUNK:])
+    assert (reward, info["is_success"], info["terminated"]) == (expected, success, True) == (1.0, True, True)
+    assert (info["n_steps"], info["episode_steps"]) == (3, CHUNK + 3)
+    np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+    assert_same(ours, theirs, only="robot_state")
+    assert_same(ours, before, only="pixels")
+    # nothing moves any more
+    after = fast.step(actions[:CHUNK])
+    assert (after[1], after[4]["n_steps"]) == (0.0, 0)
+    np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+
+
+def test_soft_reset_is_the_same(fast, stock, monkeypatch):
+    for env in (fast, stock):
+        start(env, 6)
+        monkeypatch.setattr(simulator(env), "hard_reset", False)
+    ours, theirs = start(fast, 7), start(stock, 7)
+    assert_same(ours, theirs)
+    actions = wandering_actions(ours, CHUNK)
+    assert_same(fast.step(actions)[0], step_singly(stock, actions)[0])
+    np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+
+
+# --- speed without difference ---------------------------------------------------------------------------------
+
+
+def test_settling_renders_one_frame_per_camera_and_so_does_a_chunk(fast, monkeypatch):
+    from robosuite.utils.binding_utils import MjSim
+
+    frames = []
+    render = MjSim.render
+    monkeypatch.setattr(MjSim, "render", lambda *args, **kwargs: frames.append(1) or render(*args, **kwargs))
+    cameras = fast.env._env
+    per_step = []
+
+    def step(action):
+        before = len(frames)
+        result = type(cameras).step(cameras, action)
+        per_step.append(len(frames) - before)
+        return result
+
+    monkeypatch.setattr(cameras, "step", step, raising=False)
+    observation = start(fast, 2)
+    assert per_step == [0] * 9 + [2]
+    per_step.clear()
+    fast.step(wandering_actions(observation, CHUNK))
+    assert per_step == [0, 0, 0, 0, 2]
+
+
+def test_settling_is_not_part_of_the_episode(fast):
+    observation = start(fast, 2)
+    inner = simulator(fast)
+    assert inner.timestep == fast.env.num_steps_wait == 10
+    assert fast.env.hard_step_limit == inner.horizon - inner.timestep
+    assert fast.max_episode_steps == 520
+    assert fast.step(wandering_actions(observation, CHUNK))[4]["episode_steps"] == CHUNK
+
+
+# --- what it does ---------------------------------------------------------------------------------------------
+
+
+def test_absolute_poses_are_reached(fast):
+    from scipy.spatial.transform import Rotation
+
+    observation = start(fast, 3)
+    goal = pose(observation, (0.06, -0.05, 0.04), turn=0.4)
+    for _ in range(8):
+        reached = fast.step(np.tile(goal, (CHUNK, 1)))[0]["robot_state"]["eef"]
+    np.testing.assert_allclose(reached["pos"], goal[:3], atol=0.01)
+    missing = Rotation.from_matrix(reached["mat"]) * Rotation.from_rotvec(goal[3:6]).inv()
+    assert missing.magnitude() < 0.05
+
+
+def test_tabletop_has_the_structure_of_these_observations(fast):
+    tabletop = TabletopTask("reach", observation_height=SIZE, observation_width=SIZE)
+    assert tabletop.observation_space == fast.observation_space
+    ours, theirs = leaves(tabletop.reset()[0]), leaves(start(fast, 0))
+    assert {name: (value.shape, value.dtype) for name, value in ours.items()} == {
+        name: (value.shape, value.dtype) for name, value in theirs.items()
+    }
+
+
+def test_worker_process_shows_the_same(fast):
+    """The renderer must come to life in the worker although the fork server has loaded the package."""
+    expected = start(fast, 4)
+    action = wandering_actions(expected, CHUNK)
+    envs = make_chunk_envs(config(), 1, CHUNK, use_async=True)
+    try:
+        envs.set_attr("init_state_id", [4])
+        observation, infos = envs.reset(seed=[3])
+        assert infos["task"][0] == task_description(config(), TASK)
+        assert_same({name: value[0] for name, value in leaves(observation).items()}, leaves(expected))
+        observation = envs.step(action[None])[0]
+        assert_same(
+            {name: value[0] for name, value in leaves(observation).items()}, leaves(fast.step(action)[0])
+        )
+    finally:
+        envs.close()
+
+
+def test_task_changes_at_a_reset(fast):
+    before = fast.task_description
+    fast.task_id = TASK + 1
+    observation = start(fast, 0)
+    assert fast.observation_space.contains(observation)
+    assert before == task_description(config(), TASK)
+    assert fast.task_description == task_description(config(), TASK + 1) != before
+    fast.task_id = TASK
+
+
+# --- selection ------------------------------------------------------------------------------------------------
+
+
+def test_suites_count_on_from_each_other():
+    cfg = config(task="libero_10, libero_goal", task_ids=[2, 0, 2])
+    assert selected_tasks(cfg) == {
+        0: ("libero_10", 0),
+        2: ("libero_10", 2),
+        10: ("libero_goal", 0),
+        12: ("libero_goal", 2),
+    }
+    assert task_ids(cfg) == [0, 2, 10, 12]
+    assert task_description(cfg, 12) == task_description(config(task="libero_goal", task_ids=[2]), 2)
+    assert task_ids(config(task_ids=None)) == list(range(10))
+
+
+def test_tasks_have_fifty_initial_states_unless_they_are_off():
+    assert num_init_states(config(), TASK) == 50
+    assert num_init_states(config(init_states=False), TASK) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "libero_11"}, ("env.task names 'libero_11'", "libero_10", "libero_spatial")),
+        ({"task": "libero_10,nope"}, ("env.task names 'nope'",)),
+        ({"task_ids": [2, 10]}, ("env.task_ids=[2, 10] holds 10", "0 to 9")),
+        ({"task_ids": [-1]}, ("env.task_ids=[-1] holds -1",)),
+        ({"task_ids": []}, ("env.task_ids=[] selects no task",)),
+        ({"task": " , "}, ("env.task=' , '", "selects no task")),
+    ],
+)
+def test_wrong_suite_or_task_is_one_sentence(options, words):
+    with pytest.raises(ValueError) as error:
+        make_chunk_envs(config(**options), 1, CHUNK)
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+
+
+# --- this machine ---------------------------------------------------------------------------------------------
+
+
+def test_missing_config_file_is_written_and_nothing_is_asked(tmp_path):
+    """hf-libero asks on stdin when its config file is missing; here nobody could answer."""
+    script = (
+        "from lerobot.envs.configs import LiberoEnv\n"
+        "from lerobot_pirl.envs.libero import selected_tasks\n"
+        "print(selected_tasks(LiberoEnv(task='libero_10', task_ids=[2])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"LIBERO_CONFIG_PATH": str(tmp_path / "new")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "{2: ('libero_10', 2)}"
+    assert "custom path" not in done.stdout
+    assert (tmp_path / "new" / "config.yaml").is_file()
+
+
+def test_mujoco_renders_here():
+    assert rendered_frame().startswith("rendered a frame with MUJOCO_GL=")

@@ -197,8 +197,8 @@ class Learner:
             logger.info(iteration_line(record, self.cfg.steps))
 
     def save(self) -> None:
-        """Write a checkpoint of the present version unless it is there already."""
-        if self.saved_version == self.version:
+        """Write a checkpoint of the present version unless it is there already or none is wanted."""
+        if self.saved_version == self.version or not self.cfg.save_checkpoint:
             return
         counters = {
             "policy_version": self.version,
@@ -207,6 +207,7 @@ class Learner:
         }
         path = checkpoint.save(self.cfg, self.version, self.adapter, self.algorithm, self.metadata, counters)
         self.saved_version = self.version
+        self.metrics.log_checkpoint(path)
         logger.info("checkpoint %s", path)
 
     def run(self) -> None:
@@ -216,11 +217,7 @@ class Learner:
             self.publish()
             while self.version < self.cfg.steps:
                 self.iterate()
-                last = self.version == self.cfg.steps
-                if last or (
-                    self.cfg.save_checkpoint
-                    and should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps)
-                ):
+                if should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps):
                     self.save()
                 self.interrupts.check()
             ok, reason = True, f"{self.version} updates are done"

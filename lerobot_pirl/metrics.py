@@ -40,6 +40,11 @@ class MetricsLog:
         if self.wandb:
             self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
 
+    def log_checkpoint(self, folder: Path) -> None:
+        """Upload a checkpoint's policy to wandb, unless ``wandb.disable_artifact``."""
+        if self.wandb:
+            self.wandb.log_policy(folder)
+
     def close(self) -> None:
         """End the wandb run, if there is one."""
         if self.wandb:

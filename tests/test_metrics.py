@@ -89,6 +89,24 @@ def test_summary_compares_the_first_and_the_last_tenth(tmp_path):
     assert text.endswith("█ 90% over 20 updates")
 
 
+def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
+    seen = []
+
+    class FakeLogger:
+        def __init__(self, cfg):
+            self._wandb = SimpleNamespace(finish=lambda: seen.append("finished"))
+            self.log_policy = seen.append
+            self.log_dict = lambda numbers, step: seen.append((numbers["iteration"], len(numbers), step))
+
+    monkeypatch.setattr("lerobot.common.wandb_utils.WandBLogger", FakeLogger)
+    wandb = SimpleNamespace(enable=True, project="piRL")
+    log = MetricsLog(SimpleNamespace(output_dir=tmp_path, wandb=wandb), 0)
+    log.write(record(1) | {"train/explained_variance": float("nan")})
+    log.log_checkpoint(tmp_path)
+    log.close()
+    assert seen == [(1, len(record(1)) - 1, 1), tmp_path, "finished"]
+
+
 @pytest.mark.parametrize("count", [1, 25])
 def test_curves_are_drawn_as_png(tmp_path, count):
     write_run(tmp_path, [i / count for i in range(count)])

@@ -164,6 +164,10 @@ class XVLAAdapter:
             raise ValueError(
                 "policy.use_peft=True is not supported; merge the PEFT adapter into the weights and set it to False"
             )
+        if policy.use_amp:
+            raise ValueError(
+                "policy.use_amp=True is not supported; set policy.dtype to 'bfloat16' to train under autocast"
+            )
         control_mode = getattr(cfg.env, "control_mode", "absolute")
         if control_mode != "absolute":
             raise ValueError(

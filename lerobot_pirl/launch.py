@@ -44,7 +44,7 @@ def _init_logging(role: str) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
-    for noisy in ("httpx", "httpcore", "transformers", "urllib3", "OpenGL"):
+    for noisy in ("httpx", "httpcore", "transformers", "urllib3", "OpenGL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # nothing here decodes video; without FFmpeg LeRobot prints 200 lines about it
     logging.getLogger("lerobot.utils.import_utils").addFilter(lambda record: "torchcodec" not in record.msg)

@@ -40,6 +40,15 @@ print(policy.config.num_denoising_steps, policy.config.n_action_steps)
 """
 
 
+PARSE = """
+from lerobot_pirl.config import PiRLTrainConfig
+from lerobot_pirl.parsing import parse_config
+cfg = parse_config(PiRLTrainConfig)
+cfg.validate(check_output_dir=False)
+print("recipe", cfg.recipe, "on", cfg.env.type, cfg.env.task)
+"""
+
+
 @dataclass
 class Process:
     """One of the two processes."""
@@ -168,9 +177,11 @@ def check_run(report: Report, processes: dict[str, Process], run_dir: Path, min_
     steps = records[-1]["env_steps"] if records else 0
     report.check("episodes were collected and learned from", steps > 0, f"{steps} environment steps")
     stale = [r["iteration"] for r in records if r["policy_version"] != r["iteration"] - 1]
-    report.check(
-        "every update used episodes of the version before it", records and not stale, f"not so: {stale}"
-    )
+    detail = f"{len(records) - len(stale)} of {len(records)} updates"
+    report.check("every update used episodes of the version before it", records and not stale, detail)
+    norms = [record["train/policy_grad_norm"] for record in records]
+    trained = sum(norm > 0 for norm in norms)
+    report.check("the policy got a gradient", trained, f"in {trained} of {len(norms)} updates")
     check_checkpoint(report, run_dir)
     curve = run_dir / "learning_curve.png"
     report.check("a learning curve was drawn", curve.is_file(), str(curve))
@@ -219,13 +230,30 @@ def check_scene(report: Report, actor: Process) -> None:
     )
 
 
+def check_config(report: Report, config: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, f"--config_path={config}"], capture_output=True, text=True, cwd=ROOT
+    )
+    words = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    report.check(f"{config} parses and validates", done.returncode == 0, words[-1] if words else "")
+
+
+def verdict(report: Report) -> str:
+    return ("PASSED" if report.passed else "FAILED") + (
+        " (FALLBACK, LIBERO did not run)" if report.fallback else ""
+    )
+
+
 def write_report(report: Report, folder: Path) -> None:
     report.passed = all(check["passed"] for check in report.checks)
     (folder / "smoke_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    verdict = ("PASSED" if report.passed else "FAILED") + (" (FALLBACK)" if report.fallback else "")
-    lines = [f"# Smoke run on {report.environment}: {verdict}", ""]
+    lines = [f"# Smoke run on {report.environment}: {verdict(report)}", ""]
     if report.fallback:
-        lines += [f"LIBERO did not run: {report.fallback} The same config ran on the tabletop instead.", ""]
+        lines += [
+            f"LIBERO did not run: {report.fallback}.",
+            "The same config ran on the tabletop instead.",
+            "",
+        ]
     lines += [f"Started {report.started}, took {report.seconds:.0f} s.", "", "## Checks", ""]
     lines += ["| check | | detail |", "|---|---|---|"]
     lines += [
@@ -277,6 +305,7 @@ def main() -> int:
     os.environ.setdefault("MUJOCO_GL", "egl")
     run_processes(processes, TIMEOUT_S)
     report.seconds = time.monotonic() - clock
+    check_config(report, CONFIGS[name])
     check_run(report, processes, folder / "run", 1 if problem else MIN_UPDATES)
     if name == "tabletop" and not options:
         check_learning(report)
@@ -285,7 +314,7 @@ def main() -> int:
     write_report(report, folder)
     for check in report.checks:
         print(f"{'pass' if check['passed'] else 'FAIL'}  {check['check']} ({check['detail']})")
-    print(f"{'PASSED' if report.passed else 'FAILED'}: {report.folder}/smoke_report.md")
+    print(f"{verdict(report)}: {report.folder}/smoke_report.md")
     return 0 if report.passed else 1
 
 

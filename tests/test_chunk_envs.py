@@ -199,7 +199,8 @@ def test_frame_after_success_inside_a_chunk_is_the_one_before_it():
 
 
 def test_first_frame_of_an_episode_is_rendered():
-    env = slot(succeed_at=2)
+    env = slot(succeed_at=CHUNK + 2)
+    step(env)
     step(env)
     observation, _ = env.reset()
     assert observation["rendered"] == observation["step"] == 0

@@ -160,9 +160,9 @@ def test_every_environment_gets_the_sentence_of_its_own_task():
 def test_environment_keeps_its_task_while_there_are_episodes_of_it():
     log: list[list] = []
     walk = episode_specs({0: 50, 1: 50}, 0, 12)
-    Collector(logged_envs(2, log, ("reach", "pickup")), GoalAdapter(), 0.5, 7).collect(walk, 0)
-    changes = sum(a.task != b.task for slot in log for a, b in zip(slot, slot[1:], strict=False))
-    assert changes <= 1
+    Collector(logged_envs(3, log, ("reach", "pickup")), GoalAdapter(), 0.5, 7).collect(walk, 0)
+    changes = [sum(a.task != b.task for a, b in zip(slot, slot[1:], strict=False)) for slot in log]
+    assert max(changes) <= 1
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_tiny_xvla_collects_the_same_with_any_number_of_environments():
         for n_envs in (1, 4)
     ]
     # what differs is float32's rounding in batches of another size
-    assert_equal(*rollouts, atol=1e-2)
+    assert_equal(*rollouts, atol=1e-3)
 
 
 def test_worker_processes_collect_the_same():

@@ -21,7 +21,12 @@ from lerobot.utils.constants import OBS_IMAGES
 
 from lerobot_pirl.envs import TabletopEnv, TabletopTask, expert_action, expert_chunk
 from lerobot_pirl.envs import tabletop_physics as physics
-from lerobot_pirl.envs.tabletop_render import VIEW_HALF_WIDTH, TabletopRenderer
+from lerobot_pirl.envs.tabletop_render import (
+    VIEW_HALF_WIDTH,
+    WRIST_HALF_WIDTH,
+    WRIST_WIDENING,
+    TabletopRenderer,
+)
 from tests.toy import tiny_adapter
 
 NUM_STATES = physics.NUM_INIT_STATES
@@ -42,17 +47,6 @@ def run(env: TabletopTask, policy) -> tuple[bool, int]:
         if terminated:
             return True, step
     return False, env._max_episode_steps
-
-
-def with_gripper(command):
-    """The expert, except that ``command(env)`` decides on the gripper."""
-
-    def policy(env: TabletopTask) -> np.ndarray:
-        action = expert_action(env)
-        action[6] = command(env)
-        return action
-
-    return policy
 
 
 # --- observations ---------------------------------------------------------------------------------------------
@@ -164,22 +158,29 @@ def test_reach_needs_the_target():
     assert physics.is_success(env.task_spec, at(inside))
 
 
+def go_down_and_up(closes_at: float):
+    """A policy that visits the cube and lifts, its gripper closed from a height of ``closes_at`` metres down."""
+    visited = []
+
+    def policy(env: TabletopTask) -> np.ndarray:
+        x, y, z = env.state.target
+        if math.dist(env.state.eef, (x, y, z)) < 1e-6:
+            visited.append(True)
+        closed = bool(visited) and closes_at > z or env.state.eef[2] <= closes_at
+        return np.array([x, y, 0.2 if visited else z, 0, 0, 0, 1 if closed else -1], np.float32)
+
+    return policy
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(lambda env: -1, id="always open"),
-        pytest.param(lambda env: 1, id="always closed"),
-        pytest.param(
-            lambda env: 1 if math.dist(env.state.eef[:2], env.state.target[:2]) < 0.08 else -1,
-            id="closes early",
-        ),
-    ],
+    "closes_at", [-1.0, 0.3, 0.14], ids=["always open", "always closed", "closes too early"]
 )
-def test_pickup_fails_with_a_gripper_that_does_not_close_on_the_cube(command):
+def test_pickup_fails_with_a_gripper_that_does_not_close_around_the_cube(closes_at):
     for init_state_id in range(0, NUM_STATES, 5):
         env = started("pickup", init_state_id, observation_height=16, observation_width=16)
-        assert run(env, with_gripper(command)) == (False, 60)
+        assert run(env, go_down_and_up(closes_at)) == (False, 60)
         assert env.state.grip is None
+        assert env.state.eef[2] == pytest.approx(0.2)  # it did lift
 
 
 def test_opening_the_gripper_drops_the_cube_and_ends_the_lift():
@@ -253,6 +254,21 @@ def test_pictures_show_the_object_where_it_is():
         metres = 2 * VIEW_HALF_WIDTH / size
         assert (row + 0.5) * metres - VIEW_HALF_WIDTH == pytest.approx(x, abs=metres)
         assert (col + 0.5) * metres - VIEW_HALF_WIDTH == pytest.approx(y, abs=metres)
+
+
+def test_wrist_camera_travels_with_the_gripper():
+    """Its pictures tell where the cube is from the gripper's point of view."""
+    task, size = physics.TASKS["pickup"], 64
+    renderer = TabletopRenderer(size, size)
+    height = 0.1
+    half = WRIST_HALF_WIDTH + WRIST_WIDENING * height
+    for x, y in ((0.0, 0.0), (0.08, -0.1)):
+        state = replace(physics.init_state(task, 0), eef=(x, y, height), target=(x - 0.05, y + 0.06, 0.02))
+        frame = renderer.wrist(task, state).astype(int)
+        row, col = centroid((frame[..., 1] > 160) & (frame[..., 0] < 80))
+        metres = 2 * half / size
+        assert (row + 0.5) * metres - half == pytest.approx(-0.05, abs=metres)
+        assert (col + 0.5) * metres - half == pytest.approx(0.06, abs=metres)
 
 
 @pytest.mark.parametrize(

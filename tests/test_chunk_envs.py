@@ -22,7 +22,7 @@ from lerobot_pirl.envs import (
     task_ids,
 )
 from lerobot_pirl.envs.chunk import _make_slot
-from lerobot_pirl.envs.workers import WorkerEnvs
+from lerobot_pirl.envs.workers import WorkerDied, WorkerEnvs
 
 CHUNK = 5
 # workers import LeRobot once, in the fork server, but that may take its time on a busy machine
@@ -415,7 +415,7 @@ def test_death_of_a_worker_is_one_sentence_and_no_hang(workers, moment):
     if moment != "during a step":
         victim.join()
     error = bounded(calls[moment])
-    assert isinstance(error, RuntimeError)
+    assert isinstance(error, WorkerDied)
     assert str(error).startswith(
         f"environment worker number 1 (pid {victim.pid}, exit status -9) of 3 died; "
     )
@@ -444,6 +444,6 @@ def test_a_worker_starts_without_a_renderer():
 def test_worker_that_dies_while_it_builds_its_environment_is_named():
     good = partial(_make_slot, tabletop(), CHUNK, None, 0)
     error = bounded(lambda: WorkerEnvs([good, partial(os._exit, 3)]))
-    assert isinstance(error, RuntimeError)
+    assert isinstance(error, WorkerDied)
     assert "worker number 1 (pid" in str(error)
     assert "exit status 3) of 2 died" in str(error)

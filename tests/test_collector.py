@@ -12,6 +12,7 @@ from torch import Tensor
 from lerobot_pirl.collector import Collector, EpisodeSpec, episode_specs
 from lerobot_pirl.envs import ChunkEnv, TabletopEnv, TabletopTask, make_chunk_envs
 from lerobot_pirl.envs import tabletop_physics as physics
+from lerobot_pirl.envs.workers import WorkerDied
 from lerobot_pirl.rollout import Rollout
 from tests.toy import tiny_adapter
 
@@ -363,6 +364,6 @@ def test_death_of_a_worker_ends_the_collection_with_a_sentence():
         envs.processes[0].join()
 
     collector = Collector(envs, GoalAdapter(), 0.5, 7, on_progress=kill)
-    with pytest.raises(RuntimeError, match="environment worker number 0 .* died; "):
+    with pytest.raises(WorkerDied, match="environment worker number 0 .* died; "):
         collector.collect(specs(9, 17), 0)
     envs.close()

@@ -177,7 +177,8 @@ def make_chunk_envs(
 
     Raises:
         ValueError: when the type is unsupported or a number is below 1.
-        RuntimeError: when LIBERO is not usable here or a worker process dies.
+        RuntimeError: when LIBERO is not usable here.
+        WorkerDied: when a worker process does not come up.
     """
     if n_envs < 1:
         raise ValueError(f"the number of environments is {n_envs} but must be at least 1: raise it")

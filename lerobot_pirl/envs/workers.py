@@ -14,6 +14,10 @@ PRELOADED = ["__main__", "lerobot_pirl.envs.chunk"]
 EXIT_STATUS_TIMEOUT_S = 5.0
 
 
+class WorkerDied(ConnectionError):
+    """A worker process ended on its own; the message says which one, how, and what to look at."""
+
+
 class WorkerEnvs(gym.vector.AsyncVectorEnv):
     """One process per environment (forkserver, shared memory), none of which resets by itself.
 
@@ -21,7 +25,7 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
         makers: one function per environment that builds it in its worker.
 
     Raises:
-        RuntimeError: from any method, when a worker has died; the others are stopped then.
+        WorkerDied: from any method; the other workers are stopped then.
     """
 
     def __init__(self, makers: list[Callable[[], gym.Env]]):
@@ -78,7 +82,7 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
             self.closed = True
             # without frames: a failed send leaves a memoryview there, on which the garbage collector of Python
             # 3.12.1 crashes (python/cpython#77894)
-            raise RuntimeError(notice) from error.with_traceback(None)
+            raise WorkerDied(notice) from error.with_traceback(None)
 
     def _death_notice(self) -> str | None:
         sentinels = [process.sentinel for process in self.processes]

@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from lerobot.configs import parser
 
@@ -50,6 +51,23 @@ def _init_logging(role: str) -> None:
     logging.getLogger("lerobot.utils.import_utils").addFilter(lambda record: "torchcodec" not in record.msg)
 
 
+def _load_run(recipe: registry.Recipe, role: str) -> Callable[[Any], int | None]:
+    """Return the function that a recipe names for a role.
+
+    Raises:
+        RunError: when there is none; the package that brought the recipe is to blame.
+    """
+    reference = getattr(recipe, role)
+    module, _, function = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RunError(
+            f"the {role} of recipe '{recipe.name}', {reference!r}, cannot be loaded: "
+            f"{type(error).__name__}: {error}; update the package that brings the recipe"
+        ) from error
+
+
 def main(role: str) -> int:
     """Run the recipe that the command line selects; return the exit status.
 
@@ -72,8 +90,7 @@ def main(role: str) -> int:
             name = "pi-rl"
         recipe = registry.recipe(name)
         cfg = parse_config(recipe.config_class)
-        module, _, function = getattr(recipe, role).partition(":")
-        run = getattr(importlib.import_module(module), function)
+        run = _load_run(recipe, role)
     except (ValueError, OSError, RuntimeError) as error:
         logger.error("%s", error)
         return EXIT_REFUSED

@@ -567,6 +567,7 @@ def test_the_tiny_config_is_valid():
         ("policy", {"action_mode": "joint"}, r"policy.action_mode='joint' is not supported.*'ee6d'"),
         ("policy", {"use_peft": True}, r"policy.use_peft=True is not supported; merge"),
         ("policy", {"use_amp": True}, r"policy.use_amp=True is not supported; set policy.dtype"),
+        ("env", {"obs_type": "pixels"}, r"env.obs_type=.pixels. lacks the robot state.*.pixels_agent_pos."),
         ("env", {"control_mode": "relative"}, r"env.control_mode='relative'.*to 'absolute'"),
         ("algorithm", {"n_action_steps": 9}, r"n_action_steps=9 exceeds policy.chunk_size=8; lower"),
         ("policy", {"num_domains": 3}, r"policy.num_domains=3 .* use 4 or more"),

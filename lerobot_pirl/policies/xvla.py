@@ -168,6 +168,12 @@ class XVLAAdapter:
             raise ValueError(
                 "policy.use_amp=True is not supported; set policy.dtype to 'bfloat16' to train under autocast"
             )
+        obs_type = getattr(cfg.env, "obs_type", "pixels_agent_pos")
+        if obs_type != "pixels_agent_pos":
+            raise ValueError(
+                f"env.obs_type={obs_type!r} lacks the robot state that X-VLA reads; "
+                "set env.obs_type to 'pixels_agent_pos'"
+            )
         control_mode = getattr(cfg.env, "control_mode", "absolute")
         if control_mode != "absolute":
             raise ValueError(

@@ -10,9 +10,9 @@ from tqdm import tqdm
 from lerobot_pirl import launch, registry
 from lerobot_pirl.algorithm import load_weights
 from lerobot_pirl.build import describe_run, make_adapter
-from lerobot_pirl.checkpoint import MetadataMismatch
 from lerobot_pirl.collector import Collector, episode_specs
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
+from lerobot_pirl.metadata import Metadata, MetadataMismatch
 from lerobot_pirl.transport import LearnerClient
 from lerobot_pirl.wire import Message
 
@@ -37,13 +37,14 @@ class Actor:
         wire = algorithm.wire
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
+        self.answered: tuple[str, int] | None = None
         logger.info("metadata %s", self.metadata.one_line())
         self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
         self.envs = make_chunk_envs(
             cfg.env,
-            algorithm.n_envs,
+            min(algorithm.n_envs, algorithm.episodes_per_iteration),
             algorithm.n_action_steps,
             algorithm.max_episode_steps,
             algorithm.async_envs,
@@ -86,18 +87,20 @@ class Actor:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error
         version = int(message.header["policy_version"])
+        if self.answered is None:
+            logger.info("metadata of the learner %s", Metadata(**theirs).one_line())
         logger.info("policy version %d applied", version)
         return version
 
-    def collect(self, version: int) -> None:
-        """Run the episodes of one iteration and send them."""
+    def collect(self, version: int, session: str) -> None:
+        """Run the episodes of one iteration and send them to the learner process that asked for them."""
         count = self.cfg.algorithm.episodes_per_iteration
         self.bar.reset(total=count)
         self.bar.set_description(f"policy {version}")
         specs = episode_specs(self.num_init_states, version * count, count)
         rollout = self.collector.collect(specs, version)
         header, tensors = rollout.to_tensors()
-        header["config_hash"] = self.metadata.config_hash
+        header |= {"config_hash": self.metadata.config_hash, "session": session}
         self.client.send_rollout(Message("rollout", header, tensors))
         logger.info(
             "policy version %d: %d episodes, %d succeeded, %d env steps in %.1f s (env %.1f, inference %.1f)",
@@ -118,10 +121,14 @@ class Actor:
                 ok = bool(message.header.get("ok"))
                 logger.info("the learner ended: %s", message.header.get("reason", ""))
                 return 0 if ok else launch.EXIT_FAILED
-            version = self.apply(message)
-            if version < self.cfg.steps:
-                with contextlib.suppress(_RunIsOver):
-                    self.collect(version)
+            request = (message.header.get("session"), message.header.get("policy_version"))
+            # after a reconnection the same learner sends again what was answered
+            if request != self.answered:
+                version = self.apply(message)
+                if message.header.get("collect"):
+                    with contextlib.suppress(_RunIsOver):
+                        self.collect(version, request[0])
+                self.answered = request
 
     def close(self) -> None:
         """Close environments and connection."""
@@ -134,6 +141,8 @@ def run(cfg: Any) -> int:
     """Validate the config and collect for the learner; returns the exit status."""
     with launch.user_errors():
         cfg.validate(check_output_dir=False)
+        if cfg.algorithm.wire.port == 0:
+            raise ValueError("algorithm.wire.port=0 names no learner; give the port that the learner logged")
         if cfg.env.type == "libero":
             from lerobot_pirl.envs.libero import prepare_libero
 

@@ -163,7 +163,8 @@ class PiRLAlgorithm(RLAlgorithm):
         num_rows = len(data["returns"])
         for _ in range(self.config.n_epochs):
             order = torch.randperm(num_rows, generator=generator)
-            for rows in order.split(self.config.minibatch_size):
+            # of nearly equal size, lest a rest of a few samples moves the weights as far as a whole minibatch
+            for rows in order.tensor_split(math.ceil(num_rows / self.config.minibatch_size)):
                 records.append(self._minibatch(features, data, rows, train_policy))
                 target = self.config.target_kl
                 if target is not None and records[-1]["approx_kl"] > target:

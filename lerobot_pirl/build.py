@@ -23,7 +23,18 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
     if cfg.policy.pretrained_path and Path(cfg.policy.pretrained_path).is_absolute():
         _check_weights(Path(cfg.policy.pretrained_path))
     set_seed(cfg.seed)
-    policy = make_policy(cfg.policy, env_cfg=cfg.env)
+    try:
+        policy = make_policy(cfg.policy, env_cfg=cfg.env)
+    except (AssertionError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        # sizes that do not go together are found deep inside the policy
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(
+            f"no policy can be built from the options under `policy` ({type(error).__name__}: {reason}); correct them"
+        ) from error
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "the options under `policy` leave nothing to train, such as train_policy_transformer=False"
+        )
     return adapter_class(policy, cfg)
 
 
@@ -34,4 +45,4 @@ def _check_weights(folder: Path) -> None:
 
 def describe_run(cfg: Any, adapter: PolicyAdapter, run_id: str) -> Metadata:
     """Return this process's metadata."""
-    return make_metadata(cfg, adapter.policy, parser.parse_arg("config_path"), run_id)
+    return make_metadata(cfg, adapter, parser.parse_arg("config_path"), run_id)

@@ -225,6 +225,8 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             )
         if self.env.type not in SUPPORTED_TYPES:
             raise rules.refusal("env.type", self.env.type, "one of " + ", ".join(map(repr, SUPPORTED_TYPES)))
+        if not self.env.task:
+            raise rules.refusal("env.task", self.env.task, "the name of a task or suite")
         self._resolve_pretrained_from_cli()
         self._check_policy()
         self._name_outputs(check_output_dir)

@@ -55,6 +55,9 @@ class Learner:
         self.adapter = make_adapter(cfg)
         self.algorithm = PiRLAlgorithm(self.adapter, cfg.algorithm, seed=cfg.seed)
         self.metadata = describe_run(cfg, self.adapter, run_id=uuid.uuid4().hex)
+        # tells rollouts made for this process from those for one that was killed at the same version
+        self.session = uuid.uuid4().hex
+        self.updating = False
         self.env_steps = self.episodes = 0
         self.saved_version: int | None = None
         if cfg.resume:
@@ -92,7 +95,12 @@ class Learner:
 
     def publish(self) -> None:
         """Offer the present weights to all actors."""
-        header = {"policy_version": self.version, "metadata": asdict(self.metadata)}
+        header = {
+            "policy_version": self.version,
+            "session": self.session,
+            "collect": self.version < self.cfg.steps,
+            "metadata": asdict(self.metadata),
+        }
         self.server.publish(Message("weights", header, self.algorithm.get_weights()))
         logger.debug("policy version %d published", self.version)
 
@@ -100,7 +108,7 @@ class Learner:
         """Wait until the episodes of this version are in.
 
         Raises:
-            RunError: when no actor delivered in time.
+            RunError: when no actor delivered in time, or one delivered what cannot be used.
         """
         wanted = self.cfg.algorithm.episodes_per_iteration
         timeout = self.cfg.algorithm.wire.rollout_timeout_s
@@ -126,50 +134,54 @@ class Learner:
                     )
                     report_at = now + 60
                 continue
-            deadline = now + timeout
             if message.kind == "refusal":
                 logger.error("an actor refused this learner and left:\n%s", message.header.get("reason", ""))
                 continue
             rollout = self._accept(message)
             if rollout is not None:
+                deadline = now + timeout
                 rollouts.append(rollout)
         return concatenate(rollouts)
 
     def _accept(self, message: Message) -> Rollout | None:
-        """Return the rollout of a message, or None for one that must not be trained on."""
-        theirs = message.header.get("config_hash")
-        if theirs != self.metadata.config_hash:
-            logger.error(
-                "refused a rollout: config_hash of the actor %s, of the learner %s",
-                theirs,
-                self.metadata.config_hash,
-            )
-            return None
+        """Return the rollout of a message, or None for one that was made for other weights.
+
+        Raises:
+            RunError: when it was made for these weights and cannot be used; the next one would be the same.
+        """
+        mine = {
+            "config_hash": self.metadata.config_hash,
+            "session": self.session,
+            "policy_version": self.version,
+        }
+        for name, value in mine.items():
+            if message.header.get(name) != value:
+                logger.error(
+                    "refused a rollout: its %s is %s, here %s", name, message.header.get(name), value
+                )
+                return None
         try:
-            rollout = Rollout.from_tensors(message.header, message.tensors)
+            return Rollout.from_tensors(message.header, message.tensors)
         except (ValueError, KeyError, TypeError) as error:
-            logger.error("refused a rollout: %s", error)
-            return None
-        if rollout.policy_version != self.version:
-            logger.error(
-                "refused a rollout of policy version %d; the learner is at %d",
-                rollout.policy_version,
-                self.version,
-            )
-            return None
-        return rollout
+            raise launch.RunError(
+                f"the rollout of policy version {self.version} is refused: {error}"
+            ) from error
 
     def iterate(self) -> None:
         """Run one iteration: wait, update, publish, log."""
         started = time.perf_counter()
         rollout = self.receive()
-        update_started = time.perf_counter()
+        received = time.perf_counter()
+        self.updating = True
         stats = self.algorithm.update(iter([rollout]))
+        self.updating = False
+        updated = time.perf_counter()
+        self.publish()
         now = time.perf_counter()
         self.episodes += len(rollout.episode_lengths)
         self.env_steps += int(rollout.env_steps.sum())
         collect_s = rollout.stats.get("collect_s", 0.0)
-        update_s = now - update_started
+        update_s = updated - received
         record = {
             "iteration": self.version,
             "policy_version": rollout.policy_version,
@@ -189,7 +201,6 @@ class Learner:
         for task_id in rollout.task_id.unique().tolist():
             success = rollout.success[rollout.task_id == task_id].float().mean()
             record[f"rollout/success_rate_task{task_id}"] = float(success)
-        self.publish()
         self.metrics.write(record)
         if self.cfg.log_freq > 0 and (
             self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps
@@ -223,17 +234,33 @@ class Learner:
             ok, reason = True, f"{self.version} updates are done"
         except KeyboardInterrupt:
             reason = "the learner was interrupted"
-            self.save()
+            self._save_whole()
             raise
         except launch.RunError as error:
             reason = str(error)
+            self._save_whole()
             raise
         finally:
             self.server.end(ok=ok, reason=reason)
             self.metrics.close()
-            if self.metrics.path.exists():
-                logger.info("%s; curves in %s", summary(self.cfg.output_dir), plot_run(self.cfg.output_dir))
+            self._draw()
             logger.info("end: %s", reason)
+
+    def _save_whole(self) -> None:
+        """Save what a resume can go on from: weights in the middle of an update belong to no version."""
+        if self.updating:
+            logger.warning(
+                "the unfinished update is lost; the last checkpoint is of version %s", self.saved_version
+            )
+        else:
+            self.save()
+
+    def _draw(self) -> None:
+        """Show the curves; whatever is wrong with them is no reason to fail a run."""
+        try:
+            logger.info("%s; curves in %s", summary(self.cfg.output_dir), plot_run(self.cfg.output_dir))
+        except Exception as error:
+            logger.warning("no curves were drawn: %s", error)
 
 
 def run(cfg: Any) -> int:

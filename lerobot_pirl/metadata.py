@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import draccus
 import importlib_metadata
 import torch
+from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
 FORMAT_VERSION = 1
@@ -20,12 +23,17 @@ _PROCESS_POLICY = (
     *("device", "push_to_hub", "repo_id", "private", "tags", "license"),
     *("pretrained_path", "pretrained_revision", "tokenizer_name", "use_peft"),
 )
+# fields of the policy's config that the recipe overrules, and those of supervised training
+_OVERRULED_POLICY = re.compile(
+    "num_denoising_steps|n_action_steps|freeze_(vision|language)_encoder|(optimizer|scheduler)_.*"
+)
 _SAME_CONFIG = "give both sides the same config file and overrides"
 _SAME_PACKAGE = "install the same lerobot-pirl on both sides"
 _REMEDIES = {
     "format_version": _SAME_PACKAGE,
     "package_version": _SAME_PACKAGE,
     "lerobot_version": "install the same lerobot on both sides",
+    "tokenizer_digest": "give both sides the same tokenizer in policy.tokenizer_name or policy.path",
     "encoder_digest": (
         "load the same pretrained weights on both sides (without any: the same seed, policy.device and torch)"
     ),
@@ -51,6 +59,7 @@ class Metadata:
     num_denoising_steps: int
     n_action_steps: int
     encoder_digest: str
+    tokenizer_digest: str
     package_version: str
     lerobot_version: str
     run_id: str
@@ -78,11 +87,11 @@ def critical_config(cfg: Any) -> dict[str, Any]:
     policy = draccus.encode(cfg.policy)
     for name in _PROCESS_ALGORITHM:
         algorithm.pop(name, None)
-    for name in _PROCESS_POLICY:
-        policy.pop(name, None)
-    # the recipe overrules these two fields of the policy's config
-    policy.pop("num_denoising_steps", None)
-    policy.pop("n_action_steps", None)
+    policy = {
+        name: value
+        for name, value in policy.items()
+        if name not in _PROCESS_POLICY and not _OVERRULED_POLICY.fullmatch(name)
+    }
     return {
         "recipe": cfg.recipe,
         "seed": cfg.seed,
@@ -108,7 +117,16 @@ def frozen_digest(policy: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def make_metadata(cfg: Any, policy: nn.Module, config_path: str | None, run_id: str) -> Metadata:
+def tokenizer_digest(steps: Iterable[Any]) -> str:
+    """Return a SHA-256 over the vocabulary of a pipeline's tokenizer, wherever it was loaded from."""
+    digest = hashlib.sha256()
+    for step in steps:
+        if isinstance(step, TokenizerProcessorStep):
+            digest.update(json.dumps(step.input_tokenizer.get_vocab(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def make_metadata(cfg: Any, adapter: Any, config_path: str | None, run_id: str) -> Metadata:
     """Describe this process's run; call it once the adapter has set up the policy."""
     features = {
         name: [feature.type.value, list(feature.shape)]
@@ -125,7 +143,8 @@ def make_metadata(cfg: Any, policy: nn.Module, config_path: str | None, run_id: 
         action_mode=getattr(cfg.policy, "action_mode", ""),
         num_denoising_steps=cfg.algorithm.num_denoising_steps,
         n_action_steps=cfg.algorithm.n_action_steps,
-        encoder_digest=frozen_digest(policy),
+        encoder_digest=frozen_digest(adapter.policy),
+        tokenizer_digest=tokenizer_digest(adapter.processors.policy_pre.steps),
         package_version=importlib_metadata.version("lerobot-pirl"),
         lerobot_version=importlib_metadata.version("lerobot"),
         run_id=run_id,

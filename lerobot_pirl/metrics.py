@@ -14,13 +14,21 @@ class MetricsLog:
     def __init__(self, cfg: Any, iterations_done: int) -> None:
         """Open the log of a run; records of iterations that a resumed run does again are dropped."""
         self.path = Path(cfg.output_dir) / METRICS_FILE
+        self.wandb = self._open_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_after(iterations_done)
-        self.wandb = None
-        if cfg.wandb.enable and cfg.wandb.project:
-            from lerobot.common.wandb_utils import WandBLogger
 
-            self.wandb = WandBLogger(cfg)
+    @staticmethod
+    def _open_wandb(cfg: Any) -> Any:
+        from lerobot.common.wandb_utils import WandBLogger
+
+        try:
+            return WandBLogger(cfg)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                "wandb.enable=True needs a wandb that this LeRobot knows; install it with "
+                f"pip install 'lerobot[training]', or leave wandb.enable out ({error})"
+            ) from error
 
     def _drop_after(self, iteration: int) -> None:
         if not self.path.exists():

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = {"tabletop": "configs/pirl_tabletop.json", "libero": "configs/pirl_libero10_smoke.json"}
 FALLBACK = ("--env.type=tabletop", "--env.task=reach", "--env.task_ids=[0]", "--steps=1", "--save_freq=1")
 PACKAGES = ("lerobot-pirl", "lerobot", "torch", "grpcio", "safetensors", "mujoco", "hf-libero")
+SIDES = ("learner", "received by the actor", "actor")
 MIN_UPDATES = 3
 TIMEOUT_S = 1800
 # what a stock LeRobot does with the checkpoint: the plugin cannot even be imported
@@ -60,9 +61,9 @@ class Process:
     def lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines()
 
-    def metadata(self) -> dict:
-        """The metadata that the process logged about itself."""
-        found = [line.partition(" metadata ")[2] for line in self.lines() if " metadata {" in line]
+    def metadata(self, words: str = " metadata ") -> dict:
+        """The metadata that the process logged about itself, or about its peer."""
+        found = [line.partition(words)[2] for line in self.lines() if f"{words}{{" in line]
         return json.loads(found[0]) if found else {}
 
 
@@ -162,6 +163,7 @@ def check_run(report: Report, processes: dict[str, Process], run_dir: Path, min_
         report.exit_statuses[role] = process.exit_status
         report.check(f"{role} exits with status 0", process.exit_status == 0, f"status {process.exit_status}")
         report.metadata[role] = process.metadata()
+    report.metadata["received by the actor"] = processes["actor"].metadata(" metadata of the learner ")
     applied = [
         int(n) for n in re.findall(r"policy version (\d+) applied", processes["actor"].log.read_text())
     ]
@@ -188,14 +190,15 @@ def check_run(report: Report, processes: dict[str, Process], run_dir: Path, min_
 
 
 def check_metadata(report: Report) -> None:
-    sides = report.metadata
+    learner, received, actor = (report.metadata[side] for side in SIDES)
+    report.check("the learner's metadata reached the actor", learner and received == learner, f"{received}")
     differing = {
-        name: [sides[role].get(name) for role in ("learner", "actor")]
-        for name in sides["learner"].keys() | sides["actor"].keys()
-        if name != "run_id" and sides["learner"].get(name) != sides["actor"].get(name)
+        name: [learner.get(name), actor.get(name)]
+        for name in learner.keys() | actor.keys()
+        if name != "run_id" and learner.get(name) != actor.get(name)
     }
-    detail = f"config_hash {sides['learner'].get('config_hash')}" if not differing else json.dumps(differing)
-    report.check("metadata agree on both sides", sides["learner"] and not differing, detail)
+    detail = json.dumps(differing) if differing else f"config_hash {learner.get('config_hash')}"
+    report.check("metadata agree on both sides", learner and not differing, detail)
 
 
 def check_checkpoint(report: Report, run_dir: Path) -> None:
@@ -262,27 +265,33 @@ def write_report(report: Report, folder: Path) -> None:
     lines += ["", "## Commands", ""] + [f"    {command}" for command in report.commands.values()]
     lines += ["", "## Versions", ""] + [f"- {name} {number}" for name, number in report.versions.items()]
     lines += ["", "## Updates", "", f"Applied by the actor: {report.updates_applied_by_actor}", ""]
-    lines += ["## Metadata", "", "| field | learner | actor |", "|---|---|---|"]
-    sides = [report.metadata.get(role, {}) for role in ("learner", "actor")]
-    lines += [f"| {name} | {sides[0].get(name)} | {sides[1].get(name)} |" for name in sides[0] | sides[1]]
+    lines += ["## Metadata", "", f"| field | {' | '.join(SIDES)} |", "|---|---|---|---|"]
+    for name in report.metadata["learner"]:
+        values = [str(report.metadata[side].get(name)) for side in SIDES]
+        lines.append(f"| {name} | {' | '.join(values)} |")
     if (folder / "run" / "learning_curve.png").is_file():
         lines += ["", "![learning curve](run/learning_curve.png)"]
     (folder / "smoke_report.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:
+    """Run, check and report; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("environment", choices=CONFIGS)
+    parser.add_argument("--require-simulator", action="store_true", help="fail where LIBERO cannot run")
     arguments, options = parser.parse_known_args()
     name = arguments.environment
+    problem = libero_problem() if name == "libero" else None
+    if problem and arguments.require_simulator:
+        print(f"FAILED, LIBERO cannot run here: {problem}")
+        return 1
+    if problem:
+        print(f"LIBERO cannot run here, falling back to the tabletop: {problem}", flush=True)
     started = datetime.now()
     folder = ROOT / "outputs" / f"smoke_{name}" / f"{started:%Y-%m-%d_%H-%M-%S}"
     folder.mkdir(parents=True)
-    problem = libero_problem() if name == "libero" else None
-    if problem:
-        print(f"LIBERO cannot run here, falling back to the tabletop: {problem}", flush=True)
     relative = (folder / "run").relative_to(ROOT)
     shared = [
         f"--config_path={CONFIGS[name]}",

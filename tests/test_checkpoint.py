@@ -52,7 +52,7 @@ class Run:
     def __init__(self, cfg: PiRLTrainConfig, adapter: XVLAAdapter) -> None:
         self.cfg, self.adapter = cfg, adapter
         self.algorithm = PiRLAlgorithm(adapter, cfg.algorithm, seed=cfg.seed)
-        self.metadata = make_metadata(cfg, adapter.policy, "run.json", "a-run-id")
+        self.metadata = make_metadata(cfg, adapter, "run.json", "a-run-id")
 
     def update(self, seed: int) -> dict[str, float]:
         return self.algorithm.update(iter([make_rollout(self.adapter, seed=seed)])).to_log_dict()

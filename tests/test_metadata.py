@@ -3,14 +3,16 @@
 import copy
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
 from lerobot_pirl.checkpoint import Metadata, MetadataMismatch, make_metadata
 from lerobot_pirl.config import PiRLConfig, PiRLTrainConfig, WireConfig
-from lerobot_pirl.metadata import config_hash, frozen_digest, validate_metadata
+from lerobot_pirl.metadata import config_hash, frozen_digest, tokenizer_digest, validate_metadata
 from tests.toy import CONFIGS, tiny_config
 
 CONFIG = CONFIGS / "pirl_tabletop.json"
@@ -26,6 +28,7 @@ VALUES = {
     "num_denoising_steps": 5,
     "n_action_steps": 10,
     "encoder_digest": "2" * 64,
+    "tokenizer_digest": "3" * 64,
     "package_version": "0.1.0",
     "lerobot_version": "0.6.1",
     "run_id": "a-run",
@@ -280,9 +283,21 @@ def test_the_layout_in_memory_is_not_in_the_digest():
     assert frozen_digest(module) == digest
 
 
+def test_the_digest_of_a_tokenizer_is_that_of_its_vocabulary():
+    def step(vocabulary: dict[str, int]) -> TokenizerProcessorStep:
+        return TokenizerProcessorStep(tokenizer=SimpleNamespace(get_vocab=lambda: vocabulary))
+
+    digest = tokenizer_digest([object(), step({"a": 0, "b": 1})])
+    assert digest == tokenizer_digest([step({"b": 1, "a": 0})])
+    assert digest != tokenizer_digest([step({"a": 1, "b": 0})])
+    assert digest != tokenizer_digest([])
+
+
 def test_metadata_describe_the_run():
     cfg = tiny_config()
-    metadata = make_metadata(cfg, Frozen(), None, "run-1")
+    pipeline = SimpleNamespace(steps=[])
+    adapter = SimpleNamespace(policy=Frozen(), processors=SimpleNamespace(policy_pre=pipeline))
+    metadata = make_metadata(cfg, adapter, None, "run-1")
     assert metadata.config_path == "(command line)"
     assert metadata.config_hash == config_hash(cfg)
     assert (metadata.num_denoising_steps, metadata.n_action_steps) == (4, 4)

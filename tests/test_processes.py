@@ -180,6 +180,22 @@ def test_ctrl_c_on_an_actor_ends_it_alone(run):
     assert learner.status() == 130
 
 
+def test_a_killed_learner_is_resumed_while_the_actor_waits_and_its_steps_count(run):
+    learner = run.start("learner", "--steps=100000", "--save_freq=1")
+    # the number of updates is the learner's business
+    actor = run.start("actor", "--steps=1")
+    actor.wait_for("policy version 2 applied")
+    os.killpg(learner.process.pid, signal.SIGKILL)
+    learner.process.wait()
+    done = run.last_step()
+    config = run.output_dir / "checkpoints/last/pretrained_model/train_config.json"
+    learner = run.start("learner", "--resume=true", f"--steps={done + 2}", config=config)
+    assert (learner.status(), actor.status()) == (0, 0), learner.text()[-3000:] + actor.text()[-3000:]
+    assert [r["iteration"] for r in run.metrics()] == list(range(1, done + 3))
+    assert [r["episodes"] for r in run.metrics()] == [4 * n for n in range(1, done + 3)]
+    assert run.last_step() == done + 2
+
+
 def test_an_actor_without_a_learner_and_a_learner_without_a_port_end_with_a_sentence(run):
     actor = run.start("actor", "--algorithm.wire.connect_timeout_s=1")
     assert actor.status() == 1
@@ -199,4 +215,5 @@ def test_a_learner_that_hears_nothing_fails_with_a_sentence_and_status_1(run):
     learner = run.start("learner", "--algorithm.wire.rollout_timeout_s=1")
     assert learner.status() == 1
     assert "no rollout for 1 s with 0 actors connected" in learner.text()
+    assert run.last_step() == 0
     assert "Traceback" not in learner.text()

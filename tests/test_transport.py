@@ -205,12 +205,25 @@ def test_a_pickle_is_never_loaded(server, client, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_stream_that_was_left_says_nothing_more(server, client):
+    server.publish(weights(1))
+    assert client.next_weights().header["policy_version"] == 1
+    left = client._channel
+    client.connect()
+    assert client.next_weights().header["policy_version"] == 1
+    for what, value in (("_weights", weights(9)), ("_end", Message("end")), ("_error", OSError())):
+        client._tell(left, what, value)
+    server.publish(weights(2))
+    assert client.next_weights().header["policy_version"] == 2
+    assert not client.ended
+
+
 def test_a_learner_that_sends_garbage_is_an_error_not_a_wait(server, client):
     service = server._service
     with service.condition:
         service.published, service.serial = b"garbage", 1
         service.condition.notify_all()
-    with pytest.raises(WireError, match="ends after 7 bytes"):
+    with pytest.raises(ConnectionError, match="cannot be used: the message ends after 7 bytes"):
         client.next_weights()
 
 

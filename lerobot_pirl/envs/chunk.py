@@ -56,6 +56,12 @@ class ChunkEnv(gym.Env):
         self.task_id = task_id
         self.init_state_id = 0
         self.env = make_task_env(task_id)
+        hard_limit = getattr(self.env, "hard_step_limit", None)
+        if hard_limit is not None and (max_episode_steps or 0) > hard_limit:
+            raise ValueError(
+                f"max_episode_steps is {max_episode_steps} but the simulator ends an episode after {hard_limit} "
+                "steps: lower it"
+            )
         self._built_task_id = task_id
         self.observation_space = self.env.observation_space
         self.action_space = gym.spaces.Box(-np.inf, np.inf, (n_action_steps, ACTION_DIM), np.float32)

@@ -6,6 +6,7 @@ soft prompts train. The action space is ``ee6d`` (20 channels): LIBERO executes 
 explored, and neither is the gripper before the last step: the network does not see it.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
 from lerobot_pirl import flow
+
+logger = logging.getLogger(__name__)
 
 LIBERO_DOMAIN_ID = 3
 POSITION, ROTATION, GRIPPER = slice(0, 3), slice(3, 9), 9
@@ -202,8 +205,11 @@ class XVLAAdapter:
         self.policy = policy
         self.model = policy.model
         # the saved config.json must carry the grid and the executed chunk the weights are tuned for
-        policy.config.num_denoising_steps = algorithm.num_denoising_steps
-        policy.config.n_action_steps = algorithm.n_action_steps
+        for name in ("num_denoising_steps", "n_action_steps"):
+            value, former = getattr(algorithm, name), getattr(policy.config, name)
+            if value != former:
+                logger.info("algorithm.%s=%s takes the place of policy.%s=%s", name, value, name, former)
+                setattr(policy.config, name, value)
         policy.reset()
         policy.eval()
         for parameter in self.model.vlm.parameters():

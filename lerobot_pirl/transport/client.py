@@ -10,7 +10,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_pirl.transport.pieces import from_pieces, to_pieces
 from lerobot_pirl.transport.server import KEEPALIVE
-from lerobot_pirl.wire import MAX_BYTES, Message, WireError, decode, encode
+from lerobot_pirl.wire import MAX_BYTES, Message, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +86,18 @@ class LearnerClient:
         try:
             for data in from_pieces(stream, self.max_bytes):
                 message = decode(data, self.max_bytes)
-                with self._condition:
-                    if message.kind == "end":
-                        self._end = message
-                    else:
-                        self._weights = message
-                    self._condition.notify_all()
+                self._tell(channel, "_end" if message.kind == "end" else "_weights", message)
         except grpc.RpcError as lost:
             error = ConnectionError(f"lost the learner ({lost.code().name})")
-        except WireError as broken:
+        except Exception as broken:  # whoever waits must hear of it
             error = broken
+        self._tell(channel, "_error", error)
+
+    def _tell(self, channel: grpc.Channel, what: str, value: Message | Exception) -> None:
         with self._condition:
             # a stream that was left for a new one has nothing more to say
             if channel is self._channel:
-                self._error = error
+                setattr(self, what, value)
                 self._condition.notify_all()
 
     @property
@@ -114,8 +112,8 @@ class LearnerClient:
         was resumed may be behind.
 
         Raises:
-            WireError: when the learner sends what is no message.
-            ConnectionError: when it went away and none answers within ``connect_timeout`` seconds.
+            ConnectionError: when the learner sends what is no message, or went away and none answers within
+                ``connect_timeout`` seconds.
         """
         while True:
             with self._condition:
@@ -124,8 +122,10 @@ class LearnerClient:
                     message, self._weights = self._weights or self._end, None
                     return message
                 error = self._error
-            if isinstance(error, WireError):
-                raise error
+            if not isinstance(error, ConnectionError):
+                raise ConnectionError(
+                    f"what the learner at {self.address} sends cannot be used: {error}"
+                ) from error
             logger.warning("%s; waiting for it", error)
             self.connect()
 

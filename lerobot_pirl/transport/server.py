@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 SERVER_THREADS = 64
 STREAM_POLL_S = 0.5
 END_GRACE_S = 10.0
+SLOWEST_BYTES_PER_S = 10 * 2**20
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -150,10 +151,12 @@ class LearnerServer:
     def end(self, ok: bool, reason: str = "") -> None:
         """Tell every actor that this is the end, wait until they know, and stop."""
         service = self._service
+        # an actor behind a slow tunnel may still be fetching the last weights
+        grace = END_GRACE_S + len(service.published or b"") / SLOWEST_BYTES_PER_S
         with service.condition:
             service.last_words = encode(Message("end", {"ok": ok, "reason": reason}))
             service.condition.notify_all()
-            service.condition.wait_for(lambda: service.streams == 0, timeout=END_GRACE_S)
+            service.condition.wait_for(lambda: service.streams == 0, timeout=grace)
         self._server.stop(grace=1.0).wait(2.0)
 
     def close(self) -> None:

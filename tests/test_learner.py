@@ -1,0 +1,173 @@
+"""The learner's loop in one process, with rollouts handed to it instead of sent."""
+
+import copy
+import json
+import logging
+import signal
+
+import pytest
+import torch
+
+from lerobot_pirl import learner as learner_module
+from lerobot_pirl.launch import RunError
+from lerobot_pirl.learner import Learner
+from lerobot_pirl.wire import Message, decode
+from tests.test_algorithm import make_rollout
+from tests.toy import tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+EPISODES = 3
+
+
+@pytest.fixture
+def learner(tmp_path):
+    cfg = copy.deepcopy(
+        tiny_config(
+            critic_warmup_iterations=0, minibatch_size=4, micro_batch_size=4, episodes_per_iteration=EPISODES
+        )
+    )
+    cfg.output_dir, cfg.steps, cfg.save_freq = tmp_path / "run", 2, 0
+    cfg.algorithm.wire.port, cfg.algorithm.wire.rollout_timeout_s = 0, 0.6
+    cfg.algorithm.value_hidden_dims = (16,)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    learner = Learner(cfg)
+    yield learner
+    learner.server.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def deliver(learner: Learner, version: int | None = None, **header) -> None:
+    """Hand over a rollout as an actor would send it."""
+    rollout = make_rollout(learner.adapter)
+    rollout.policy_version = learner.version if version is None else version
+    values, tensors = rollout.to_tensors()
+    values |= {"config_hash": learner.metadata.config_hash, "session": learner.session} | header
+    learner.server._service.inbox.put(Message("rollout", values, tensors))
+
+
+def checkpoints(learner: Learner) -> list[str]:
+    folder = learner.cfg.output_dir / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_an_iteration_updates_publishes_and_logs(learner):
+    deliver(learner)
+    before = {name: value.clone() for name, value in learner.algorithm.get_weights().items()}
+    learner.iterate()
+    after = learner.algorithm.get_weights()
+    assert learner.version == 1
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    published = decode(learner.server._service.published)
+    assert published.header["policy_version"] == 1
+    assert published.header["collect"] is True
+    assert all(torch.equal(published.tensors[name], after[name]) for name in after)
+    (record,) = [json.loads(line) for line in learner.metrics.path.read_text().splitlines()]
+    assert (record["iteration"], record["policy_version"], record["episodes"]) == (1, 0, EPISODES)
+    assert record["rollout/success_rate"] == pytest.approx(1 / EPISODES)
+    parts = sum(record[f"time/{name}_s"] for name in ("env", "inference", "update", "transfer"))
+    assert parts <= record["time/iteration_s"] + 1e-6
+
+
+def test_the_last_weights_are_not_to_be_collected_with(learner):
+    for _ in range(2):
+        deliver(learner)
+        learner.iterate()
+    assert decode(learner.server._service.published).header["collect"] is False
+
+
+@pytest.mark.parametrize("header", [{"config_hash": "x"}, {"session": "former"}, {"policy_version": 1}])
+def test_a_rollout_made_for_other_weights_is_left_out(learner, header, caplog):
+    deliver(learner, **header)
+    deliver(learner)
+    rollout = learner.receive()
+    assert len(rollout.episode_lengths) == EPISODES
+    name, value = next(iter(header.items()))
+    assert f"refused a rollout: its {name} is {value}" in caplog.text
+
+
+def test_rollouts_for_others_do_not_keep_a_learner_alive(learner):
+    for _ in range(4):
+        deliver(learner, session="former")
+    with pytest.raises(RunError, match=r"no rollout for 1 s with 0 actors connected"):
+        learner.receive()
+
+
+def test_a_refusal_is_told_and_the_learner_waits_on(learner, caplog):
+    learner.server._service.inbox.put(Message("refusal", {"reason": "gamma differs"}))
+    deliver(learner)
+    learner.receive()
+    assert "an actor refused this learner and left:\ngamma differs" in caplog.text
+
+
+def test_a_rollout_that_cannot_be_used_ends_the_run_with_its_reason_and_a_checkpoint(learner):
+    rollout = make_rollout(learner.adapter)
+    rollout.chain[0, 0, 0, 0] = torch.nan
+    header, tensors = rollout.to_tensors()
+    header |= {"config_hash": learner.metadata.config_hash, "session": learner.session}
+    learner.server._service.inbox.put(Message("rollout", header, tensors))
+    with pytest.raises(RunError, match=r"rollout of policy version 0 is refused: .*chain"):
+        learner.run()
+    assert checkpoints(learner) == ["000000", "last"]
+    assert "chain" in decode(learner.server._service.last_words).header["reason"]
+
+
+def test_an_interrupt_while_waiting_leaves_a_checkpoint(learner):
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        learner.run()
+    assert checkpoints(learner) == ["000000", "last"]
+    assert decode(learner.server._service.last_words).header == {
+        "ok": False,
+        "reason": "the learner was interrupted",
+    }
+
+
+def test_one_interrupt_during_an_update_waits_for_its_end(learner, monkeypatch):
+    update = learner.algorithm.update
+
+    def interrupted(batches):
+        signal.raise_signal(signal.SIGINT)
+        return update(batches)
+
+    monkeypatch.setattr(learner.algorithm, "update", interrupted)
+    deliver(learner)
+    with pytest.raises(KeyboardInterrupt):
+        learner.run()
+    assert checkpoints(learner) == ["000001", "last"]
+
+
+def test_a_second_interrupt_leaves_the_half_made_update_out(learner, monkeypatch, caplog):
+    step = learner.algorithm._step
+
+    def interrupted(record):
+        norms = step(record)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return norms
+
+    monkeypatch.setattr(learner.algorithm, "_step", interrupted)
+    deliver(learner)
+    with pytest.raises(KeyboardInterrupt):
+        learner.run()
+    assert checkpoints(learner) == []
+    assert "the unfinished update is lost" in caplog.text
+
+
+def test_without_save_checkpoint_nothing_is_saved(learner):
+    learner.cfg.save_checkpoint = False
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        learner.run()
+    assert checkpoints(learner) == []
+
+
+def test_curves_that_cannot_be_drawn_do_not_fail_a_run(learner, monkeypatch, caplog):
+    monkeypatch.setattr(learner_module, "plot_run", lambda folder: 1 / 0)
+    deliver(learner)
+    deliver(learner, version=1)
+    with caplog.at_level(logging.WARNING):
+        learner.run()
+    assert learner.version == 2
+    assert "no curves were drawn: division by zero" in caplog.text
+    assert checkpoints(learner) == ["000002", "last"]

@@ -218,12 +218,17 @@ def check_checkpoint(report: Report, run_dir: Path) -> None:
     report.check("XVLAPolicy.from_pretrained loads it without the plugin", load.returncode == 0, detail)
 
 
-def check_learning(report: Report) -> None:
+def check_learning(report: Report, episodes: int) -> None:
+    """Compare the first tenth of the run with the last fifth, by the standard error of their difference."""
     rates = report.success_rates
-    part = max(1, len(rates) // 5)
-    first, last = sum(rates[:part]) / part, sum(rates[-part:]) / part
-    detail = f"first fifth of the run {first:.0%}, last fifth {last:.0%}"
-    report.check("success rose by at least 10 points", last >= first + 0.1, detail)
+    parts = [rates[: max(1, len(rates) // 10)], rates[-max(1, len(rates) // 5) :]]
+    (first, last), counts = (
+        [sum(part) / len(part) for part in parts],
+        [episodes * len(part) for part in parts],
+    )
+    error = sum(p * (1 - p) / n for p, n in zip((first, last), counts, strict=True)) ** 0.5
+    detail = f"first tenth of the run {first:.1%}, last fifth {last:.1%}, standard error {error:.1%}"
+    report.check("success rose by more than three standard errors", last - first > 3 * error, detail)
 
 
 def check_scene(report: Report, actor: Process) -> None:
@@ -317,7 +322,9 @@ def main() -> int:
     check_config(report, CONFIGS[name])
     check_run(report, processes, folder / "run", 1 if problem else MIN_UPDATES)
     if name == "tabletop" and not options:
-        check_learning(report)
+        check_learning(
+            report, json.loads((ROOT / CONFIGS[name]).read_text())["algorithm"]["episodes_per_iteration"]
+        )
     if name == "libero" and not problem:
         check_scene(report, processes["actor"])
     write_report(report, folder)

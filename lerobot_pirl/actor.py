@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lerobot_pirl import launch, registry
 from lerobot_pirl.algorithm import load_weights
@@ -96,6 +97,7 @@ class Actor:
         """Run the episodes of one iteration and send them to the learner process that asked for them."""
         count = self.cfg.algorithm.episodes_per_iteration
         self.bar.reset(total=count)
+        self.bar.set_postfix_str("", refresh=False)
         self.bar.set_description(f"policy {version}")
         specs = episode_specs(self.num_init_states, version * count, count)
         rollout = self.collector.collect(specs, version)
@@ -149,7 +151,9 @@ def run(cfg: Any) -> int:
             prepare_libero()
         actor = Actor(cfg)
     try:
-        return actor.run()
+        # log lines go above the bar instead of through it
+        with logging_redirect_tqdm():
+            return actor.run()
     finally:
         actor.close()
 

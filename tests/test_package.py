@@ -97,7 +97,9 @@ def test_the_metadata_names_what_it_needs(archive):
     requirements = metadata.get_all("Requires-Dist")
     (lerobot,) = [line for line in requirements if line.startswith("lerobot[") and "extra ==" not in line]
     assert lerobot.endswith("<0.7,>=0.6.1")
-    assert any(line.startswith("lerobot[libero]") and "extra == 'libero'" in line for line in requirements)
+    extra = [line for line in requirements if "extra == 'libero'" in line]
+    assert any(line.startswith("lerobot[libero,training]") for line in extra)
+    assert any(line.startswith("mujoco") for line in extra)
     needed = {line.partition("[")[0] for line in requirements if "extra ==" not in line}
     assert {"lerobot", "torch", "draccus", "grpcio", "safetensors", "importlib-metadata"} <= needed
 

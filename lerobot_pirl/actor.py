@@ -13,7 +13,7 @@ from lerobot_pirl.algorithm import load_weights
 from lerobot_pirl.build import describe_run, make_adapter
 from lerobot_pirl.collector import Collector, episode_specs
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
-from lerobot_pirl.metadata import Metadata, MetadataMismatch
+from lerobot_pirl.metadata import MetadataMismatch, one_line
 from lerobot_pirl.transport import LearnerClient
 from lerobot_pirl.wire import Message
 
@@ -39,7 +39,7 @@ class Actor:
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
         self.answered: tuple[str, int] | None = None
-        logger.info("metadata %s", self.metadata.one_line())
+        logger.info("metadata %s", one_line(asdict(self.metadata)))
         self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
@@ -54,7 +54,7 @@ class Actor:
             "environment %s %s, %d side by side, %s",
             cfg.env.type,
             cfg.env.task,
-            algorithm.n_envs,
+            self.envs.num_envs,
             "; ".join(f"task {task}: {task_description(cfg.env, task)}" for task in self.num_init_states),
         )
         self.bar = tqdm(total=algorithm.episodes_per_iteration, unit="episode", leave=False, disable=None)
@@ -89,7 +89,7 @@ class Actor:
             raise launch.RunError(str(error)) from error
         version = int(message.header["policy_version"])
         if self.answered is None:
-            logger.info("metadata of the learner %s", Metadata(**theirs).one_line())
+            logger.info("metadata of the learner %s", one_line(theirs))
         logger.info("policy version %d applied", version)
         return version
 

@@ -260,11 +260,6 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
                 f"policy.push_to_hub=True does nothing under recipe {NAME!r}; set it to false and upload a "
                 "checkpoint's pretrained_model folder with `hf upload`"
             )
-        if self.policy.use_peft:
-            raise ValueError(
-                f"policy.use_peft=True does nothing under recipe {NAME!r}, which trains the policy's own weights; "
-                "merge the adapter into them first"
-            )
 
     def _name_outputs(self, check_output_dir: bool) -> None:
         if not self.job_name:

@@ -13,6 +13,7 @@ from lerobot.utils.utils import format_big_number
 from lerobot_pirl import checkpoint, launch, registry
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import describe_run, make_adapter
+from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line
 from lerobot_pirl.plots import plot_run, summary
 from lerobot_pirl.rollout import Rollout, concatenate
@@ -68,7 +69,7 @@ class Learner:
         self.metrics = MetricsLog(cfg, self.version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
-        logger.info("metadata %s", self.metadata.one_line())
+        logger.info("metadata %s", one_line(asdict(self.metadata)))
         logger.info(
             "policy %s: %s parameters, %s train; output folder %s; listening on %s:%d",
             cfg.policy.type,

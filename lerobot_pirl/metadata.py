@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import draccus
@@ -65,9 +65,10 @@ class Metadata:
     run_id: str
     config: dict[str, Any]
 
-    def one_line(self) -> str:
-        """Return all fields but the config as JSON, for a log."""
-        return json.dumps({name: value for name, value in asdict(self).items() if name != "config"})
+
+def one_line(metadata: dict[str, Any]) -> str:
+    """Return metadata but for the config as JSON, for a log."""
+    return json.dumps({name: value for name, value in metadata.items() if name != "config"})
 
 
 def _canonical(value: Any) -> Any:

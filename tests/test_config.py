@@ -270,7 +270,6 @@ def test_an_override_that_does_not_fit_the_saved_policy_is_refused(at_path, save
         (None, "policy is missing"),
         ({"push_to_hub": True, "repo_id": "someone/xvla"}, "policy.push_to_hub=True does nothing"),
         ({"push_to_hub": True}, "policy.push_to_hub=True does nothing"),
-        ({"use_peft": True}, "policy.use_peft=True does nothing"),
         ({"nonsense": 1}, "unknown option policy.nonsense"),
         ({"depth": "many"}, "policy.depth: Couldn't parse 'many' into an int"),
         ({"type": "nonsense"}, "policy.type='nonsense' is unknown"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from lerobot_pirl.checkpoint import Metadata, MetadataMismatch, make_metadata
 from lerobot_pirl.config import PiRLConfig, PiRLTrainConfig, WireConfig
-from lerobot_pirl.metadata import config_hash, frozen_digest, tokenizer_digest, validate_metadata
+from lerobot_pirl.metadata import config_hash, frozen_digest, one_line, tokenizer_digest, validate_metadata
 from tests.toy import CONFIGS, tiny_config
 
 CONFIG = CONFIGS / "pirl_tabletop.json"
@@ -124,7 +124,7 @@ def test_another_config_is_told_option_by_option():
 
 
 def test_the_line_for_the_log_leaves_the_config_out():
-    shown = json.loads(METADATA.one_line())
+    shown = json.loads(one_line(asdict(METADATA)))
     assert shown == {key: value for key, value in asdict(METADATA).items() if key != "config"}
 
 

@@ -84,8 +84,14 @@ class Collector:
         self.tasks = [""] * envs.num_envs
         self._seconds: dict[str, float] = {}
 
-    def collect(self, specs: list[EpisodeSpec], policy_version: int) -> Rollout:
-        """Run the episodes with the policy as it is; finished environments take the next one in the list."""
+    def collect(self, specs: list[EpisodeSpec], policy_version: int, noise_scale: float = 1.0) -> Rollout:
+        """Run the episodes with the policy as it is; finished environments take the next one in the list.
+
+        Args:
+            specs: the episodes.
+            policy_version: version of the policy's weights.
+            noise_scale: see :func:`lerobot_pirl.policies.base.sample_actions`.
+        """
         started = time.perf_counter()
         self._seconds = {"env_s": 0.0, "inference_s": 0.0}
         episodes = [_Episode(spec, derive_seed(self.seed, policy_version, spec.number)) for spec in specs]
@@ -98,7 +104,7 @@ class Collector:
             with self._timed("inference_s"):
                 features = self._encode(observation, active)
                 generators = [slots[i].generator for i in active]
-                sample = sample_actions(self.adapter, features, self.last_step_prob, generators)
+                sample = sample_actions(self.adapter, features, self.last_step_prob, generators, noise_scale)
                 actions = self._environment_actions(sample, active)
                 rows = _split_rows(features, sample)
             gripper_flips += float(sample.gripper_flips.sum())

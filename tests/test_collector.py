@@ -328,6 +328,34 @@ def test_tiny_xvla_gives_bit_identical_rollouts_that_its_log_probs_confirm(n_env
     torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-3)
 
 
+def test_noise_scale_reaches_what_is_drawn_and_its_log_probs():
+    """Half the scale on twice the noise is the noise."""
+    wanted = specs(0, 9)
+
+    def scaled(scale: float, std: float) -> Rollout:
+        return Collector(logged_envs(2, []), GoalAdapter(std), 0.5, 7).collect(wanted, 0, scale)
+
+    reference = scaled(1.0, 1e-3)
+    assert_equal(reference, scaled(0.5, 2e-3))
+    assert not torch.equal(reference.log_prob, scaled(0.5, 1e-3).log_prob)
+    assert (scaled(0.0, 1e-3).log_prob == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_log_probs_are_confirmed_with_the_scale_they_were_drawn_with_alone(scale):
+    from lerobot_pirl.policies.base import chain_log_prob
+
+    adapter = tiny_adapter()
+    envs = make_chunk_envs(adapter.run_config.env, 2, CHUNK, 8)
+    rollout = Collector(envs, adapter, 0.5, 7).collect(specs(0, 1), 0, noise_scale=scale)
+    stored = (rollout.features, rollout.chain, rollout.step_index, rollout.gripper)
+    with torch.no_grad():
+        again, _ = chain_log_prob(adapter, *stored, noise_scale=scale)
+        other, _ = chain_log_prob(adapter, *stored, noise_scale=scale / 2)
+    torch.testing.assert_close(again, rollout.log_prob, rtol=0, atol=1e-3)
+    assert (other - rollout.log_prob).abs().min() > 1
+
+
 def test_an_episode_does_not_depend_on_the_episodes_that_run_beside_it():
     alone = collect(1, specs(0, 9, 17, 3, 8))
     for n_envs in (2, 3, 5, 8):

@@ -96,7 +96,11 @@ def _gripper_log_prob(adapter: PolicyAdapter, bits: Tensor, logits: Tensor, last
 
 @torch.no_grad()
 def sample_actions(
-    adapter: PolicyAdapter, features: Features, last_step_prob: float, generators: Sequence[torch.Generator]
+    adapter: PolicyAdapter,
+    features: Features,
+    last_step_prob: float,
+    generators: Sequence[torch.Generator],
+    noise_scale: float = 1.0,
 ) -> ActionSample:
     """Draw a chunk per sample with one stochastic denoising step each (hybrid Flow-SDE).
 
@@ -106,8 +110,9 @@ def sample_actions(
         last_step_prob: probability that the last step is the stochastic one.
         generators: one per sample, on the CPU: what an episode draws depends neither on the device nor on the
             episodes that run beside it.
+        noise_scale: factor on ``adapter.noise_std``; the gripper's temperature stays as it is.
     """
-    noise_std = adapter.noise_std
+    noise_std = adapter.noise_std * noise_scale
     num_steps, chunk_size, action_dim = noise_std.shape
     batch_size = len(generators)
     device = noise_std.device
@@ -145,15 +150,25 @@ def sample_actions(
 
 
 def chain_log_prob(
-    adapter: PolicyAdapter, features: Features, chain: Tensor, step_index: Tensor, gripper: Tensor
+    adapter: PolicyAdapter,
+    features: Features,
+    chain: Tensor,
+    step_index: Tensor,
+    gripper: Tensor,
+    noise_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Recompute the joint log-probability of stored decisions under the present weights.
+
+    ``noise_scale`` must be the one the decisions were drawn with.
 
     Returns:
         ``(log_prob [B], x0_pred [B, S, H, D])``.
     """
     log_prob, x0_pred = flow.evaluate_chain(
-        lambda x_t, t: adapter.predict_x0(features, x_t, t), chain, step_index, adapter.noise_std
+        lambda x_t, t: adapter.predict_x0(features, x_t, t),
+        chain,
+        step_index,
+        adapter.noise_std * noise_scale,
     )
     total = log_prob.sum(dim=(1, 2, 3))
     if adapter.gripper_temperature is not None:

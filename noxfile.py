@@ -1,5 +1,7 @@
 """Sessions for tests, checks and the smoke runs; `nox -l` lists them."""
 
+from datetime import datetime
+
 import nox
 
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -41,6 +43,17 @@ def smoke_libero(session: nox.Session) -> None:
     """The same on LIBERO's simulator; without LIBERO's assets, the fallback that its report names."""
     session.install(".[libero]")
     session.run("python", "tests/smoke.py", "libero", *session.posargs, env={"MUJOCO_GL": "egl"})
+
+
+@nox.session(python=PYTHON)
+def stock(session: nox.Session) -> None:
+    """Train with the package, uninstall it, and let LeRobot alone load, evaluate and train on the checkpoint."""
+    folder = f"outputs/stock/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    pip = ("uv", "pip", "uninstall") if session.venv_backend == "uv" else ("pip", "uninstall", "--yes")
+    session.install(".[libero]")
+    session.run("python", "tests/stock.py", "make", folder, *session.posargs)
+    session.run(*pip, "lerobot-pirl", external=True)
+    session.run("python", "tests/stock.py", "check", folder)
 
 
 @nox.session(python=PYTHON)

@@ -1,4 +1,4 @@
-"""The only place that steps environments for learning: vector environments + policy -> Rollout."""
+"""The only place that steps environments for learning and evaluation: vector environments + policy -> Rollout."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -39,20 +39,36 @@ def episode_specs(num_init_states: dict[int, int], start: int, count: int) -> li
 
 
 @dataclass(eq=False)
-class _Episode:
-    """An episode to run, and what has become of it."""
+class Episode:
+    """An episode to run, and what has become of it.
+
+    Attributes:
+        spec: which one.
+        seed: of the environment's reset.
+        generator: of everything the policy draws; not given, it has the same seed.
+        rows: what was kept of every executed chunk.
+        final_features: of the last observation of a truncated episode, where rows are kept.
+        rewards: their sum.
+    """
 
     spec: EpisodeSpec
     seed: int
-    generator: torch.Generator = field(init=False)
+    generator: torch.Generator | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     final_features: Features | None = None
     done: bool = False
     success: bool = False
+    rewards: float = 0.0
     env_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(self.seed)
+
+
+# (features of B observations, B generators) -> policy actions [B, A, D] and what to keep of each, or None
+Act = Callable[[Features, list[torch.Generator]], tuple[Tensor, list[dict[str, Any]] | None]]
+Progress = Callable[[int, int], None]
 
 
 class Collector:
@@ -64,7 +80,7 @@ class Collector:
         adapter: PolicyAdapter,
         last_step_prob: float,
         seed: int,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
         """Keep hold of the environments.
 
@@ -93,36 +109,53 @@ class Collector:
             noise_scale: see :func:`lerobot_pirl.policies.base.sample_actions`.
         """
         started = time.perf_counter()
-        self._seconds = {"env_s": 0.0, "inference_s": 0.0}
-        episodes = [_Episode(spec, derive_seed(self.seed, policy_version, spec.number)) for spec in specs]
-        waiting = list(episodes)
-        slots: list[_Episode | None] = [None] * self.envs.num_envs
-        observation = self._start_episodes(slots, waiting, None)
+        episodes = [Episode(spec, derive_seed(self.seed, policy_version, spec.number)) for spec in specs]
         gripper_flips = 0.0
-        while not all(episode.done for episode in episodes):
-            active = [i for i, episode in enumerate(slots) if episode is not None and not episode.done]
-            with self._timed("inference_s"):
-                features = self._encode(observation, active)
-                generators = [slots[i].generator for i in active]
-                sample = sample_actions(self.adapter, features, self.last_step_prob, generators, noise_scale)
-                actions = self._environment_actions(sample, active)
-                rows = _split_rows(features, sample)
+
+        def act(features: Features, generators: list[torch.Generator]) -> tuple[Tensor, list[dict[str, Any]]]:
+            nonlocal gripper_flips
+            sample = sample_actions(self.adapter, features, self.last_step_prob, generators, noise_scale)
             gripper_flips += float(sample.gripper_flips.sum())
-            with self._timed("env_s"):
-                observation, rewards, _, _, infos = self.envs.step(actions)
-            for i, row in zip(active, rows, strict=True):
-                _record(slots[i], row, float(rewards[i]), {name: values[i] for name, values in infos.items()})
-            with self._timed("inference_s"):
-                self._keep_final_features(slots, [i for i in active if infos["truncated"][i]], observation)
-            observation = self._start_episodes(slots, waiting, observation)
-            self.on_progress(sum(e.done for e in episodes), sum(e.success for e in episodes))
+            return sample.actions, _split_rows(features, sample)
+
+        self.run(episodes, act)
         rollout = _assemble(episodes, policy_version)
         elapsed = time.perf_counter() - started
         rollout.stats = self._seconds | {"collect_s": elapsed, "gripper_flips": gripper_flips}
         return rollout
 
+    def run(self, episodes: list[Episode], act: Act, on_progress: Progress | None = None) -> None:
+        """Run the episodes to their ends, with what ``act`` does, and write in them what became of them.
+
+        Args:
+            episodes: fresh ones; finished environments take the next one in the list.
+            act: chooses the actions. Where it keeps nothing, nothing of an episode stays in memory.
+            on_progress: in place of the collector's own.
+        """
+        on_progress = on_progress or self.on_progress
+        self._seconds = {"env_s": 0.0, "inference_s": 0.0}
+        waiting = list(episodes)
+        slots: list[Episode | None] = [None] * self.envs.num_envs
+        observation = self._start_episodes(slots, waiting, None)
+        while not all(episode.done for episode in episodes):
+            active = [i for i, episode in enumerate(slots) if episode is not None and not episode.done]
+            with self._timed("inference_s"):
+                features = self._encode(observation, active)
+                chosen, rows = act(features, [slots[i].generator for i in active])
+                actions = self._environment_actions(chosen, active)
+            with self._timed("env_s"):
+                observation, rewards, _, _, infos = self.envs.step(actions)
+            for i, row in zip(active, rows or [None] * len(active), strict=True):
+                _record(slots[i], row, float(rewards[i]), {name: values[i] for name, values in infos.items()})
+            truncated = [i for i in active if infos["truncated"][i]]
+            if rows and truncated:
+                with self._timed("inference_s"):
+                    self._keep_final_features(slots, truncated, observation)
+            observation = self._start_episodes(slots, waiting, observation)
+            on_progress(sum(e.done for e in episodes), sum(e.success for e in episodes))
+
     def _start_episodes(
-        self, slots: list[_Episode | None], waiting: list[_Episode], observation: Any | None
+        self, slots: list[Episode | None], waiting: list[Episode], observation: Any | None
     ) -> Any:
         """Start waiting episodes in free slots and return the observation of all slots."""
         mask = np.zeros(len(slots), dtype=bool)
@@ -148,19 +181,17 @@ class Collector:
         batch = self.adapter.prepare_observation(selected, [self.tasks[i] for i in slots])
         return self.adapter.encode(batch)
 
-    def _environment_actions(self, sample: ActionSample, active: list[int]) -> np.ndarray:
+    def _environment_actions(self, chosen: Tensor, active: list[int]) -> np.ndarray:
         """Return actions of all slots; those without an episode ignore theirs."""
-        actions = self.adapter.environment_actions(sample.actions).numpy()
+        actions = self.adapter.environment_actions(chosen).numpy()
         padded = np.zeros((self.envs.num_envs, *actions.shape[1:]), dtype=np.float32)
         padded[active] = actions
         return padded
 
     def _keep_final_features(
-        self, slots: list[_Episode | None], truncated: list[int], observation: Any
+        self, slots: list[Episode | None], truncated: list[int], observation: Any
     ) -> None:
         """Encode the observations in which episodes ran out of time, before their slots are reset."""
-        if not truncated:
-            return
         features = self._encode(observation, truncated)
         for row, i in enumerate(truncated):
             slots[i].final_features = {name: value[row : row + 1].cpu() for name, value in features.items()}
@@ -172,7 +203,7 @@ class Collector:
         self._seconds[name] += time.perf_counter() - started
 
 
-def _take(waiting: list[_Episode], previous: _Episode | None) -> _Episode:
+def _take(waiting: list[Episode], previous: Episode | None) -> Episode:
     """Remove and return the first episode of the previous one's task, else the first: a new task costs a build."""
     same = [e for e in waiting if previous is not None and e.spec.task_id == previous.spec.task_id]
     episode = (same or waiting)[0]
@@ -203,17 +234,19 @@ def _split_rows(features: Features, sample: ActionSample) -> list[dict[str, Any]
     return [row(i) for i in range(len(sample.log_prob))]
 
 
-def _record(episode: _Episode, row: dict[str, Any], reward: float, info: dict[str, Any]) -> None:
-    """Add an executed chunk to its episode."""
+def _record(episode: Episode, row: dict[str, Any] | None, reward: float, info: dict[str, Any]) -> None:
+    """Account for an executed chunk in its episode, and add its row where there is one."""
     terminated = bool(info["terminated"])
-    outcome = {"rewards": torch.tensor([reward]), "terminated": torch.tensor([terminated])}
-    episode.rows.append(row | outcome)
+    if row is not None:
+        outcome = {"rewards": torch.tensor([reward]), "terminated": torch.tensor([terminated])}
+        episode.rows.append(row | outcome)
+    episode.rewards += reward
     episode.env_steps += int(info["n_steps"])
     episode.success = bool(info["is_success"])
     episode.done = terminated or bool(info["truncated"])
 
 
-def _assemble(episodes: list[_Episode], policy_version: int) -> Rollout:
+def _assemble(episodes: list[Episode], policy_version: int) -> Rollout:
     rows = [row for episode in episodes for row in episode.rows]
     finals = [episode.final_features for episode in episodes if episode.final_features is not None]
     names = list(rows[0]["features"])

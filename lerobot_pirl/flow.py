@@ -189,6 +189,20 @@ def sample_ode(predict_x0: PredictX0, x_1: Tensor, num_denoising_steps: int) -> 
     return x_t
 
 
+def sample_native(predict_x0: PredictX0, x_1: Tensor, num_denoising_steps: int) -> Tensor:
+    """Denoise ``x_1`` as X-VLA's own ``generate_actions`` does; returns ``x_0``, ``[B, H, D]``.
+
+    It mixes every prediction with the initial noise, where Euler moves the noise along: from the third step on
+    the two differ.
+    """
+    times = time_grid(num_denoising_steps).to(x_1.device)
+    x_0 = torch.zeros_like(x_1)
+    for t in times[:-1]:
+        x_t = x_1 * t + x_0 * (1 - t)
+        x_0 = predict_x0(x_t, t.expand(len(x_t))).float()
+    return x_0
+
+
 def inverse_sensitivity(noise_std: Tensor, step_prob: Tensor) -> Tensor:
     """Return loss weights per denoising step, ``[K]``, that level the size of their gradients.
 

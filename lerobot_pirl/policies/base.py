@@ -149,6 +149,24 @@ def sample_actions(
     return ActionSample(actions, result.chain, step_index, bits.to(torch.uint8), log_prob, flips)
 
 
+@torch.no_grad()
+def native_actions(
+    adapter: PolicyAdapter, features: Features, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Return policy actions ``[B, A, D]`` without exploration, as LeRobot runs the policy.
+
+    Args:
+        adapter: the policy.
+        features: of ``B`` observations.
+        generators: one per sample, on the CPU; each gives the noise that its sample is denoised from.
+    """
+    num_steps, chunk_size, action_dim = adapter.noise_std.shape
+    draws = [torch.randn(chunk_size, action_dim, generator=generator) for generator in generators]
+    x_1 = torch.stack(draws).to(adapter.noise_std.device)
+    x_0 = flow.sample_native(lambda x_t, t: adapter.predict_x0(features, x_t, t), x_1, num_steps)
+    return adapter.execute(x_0, None)
+
+
 def chain_log_prob(
     adapter: PolicyAdapter,
     features: Features,

@@ -1,116 +1,20 @@
 """Learner and actor as two real processes, started with LeRobot's own commands and one config."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.smoke import free_port
-from tests.toy import CONFIGS, read_json
+from tests.terminals import Run, end_well, running
+from tests.toy import read_json
 
 pytestmark = pytest.mark.e2e
-
-ROOT = CONFIGS.parent
-TIMEOUT_S = 180
-# long enough for two busy cores, short enough to fail before a test run's patience ends
-SMALL = (
-    "--algorithm.episodes_per_iteration=4",
-    "--algorithm.n_envs=2",
-    "--algorithm.max_episode_steps=10",
-    "--algorithm.minibatch_size=8",
-    "--algorithm.micro_batch_size=8",
-    "--policy.hidden_size=32",
-    "--policy.depth=1",
-    "--policy.num_heads=2",
-)
-
-
-class Run:
-    """Two terminals with one config."""
-
-    def __init__(self, folder: Path) -> None:
-        self.output_dir = folder / "run"
-        self.port = free_port()
-        self.folder = folder
-        self.started: list[subprocess.Popen] = []
-
-    def start(
-        self, role: str, *options: str, config: str | Path = CONFIGS / "pirl_tabletop.json"
-    ) -> "Terminal":
-        command = [sys.executable, "-m", f"lerobot.rl.{role}", f"--config_path={config}"]
-        command += [f"--algorithm.wire.port={self.port}", *options]
-        if "--resume=true" not in options:
-            command += SMALL
-            command += [] if "--output_dir" in str(options) else [f"--output_dir={self.output_dir}"]
-        log = self.folder / f"{role}{len(self.started)}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=self.folder,
-                env=environment,
-                start_new_session=True,
-            )
-        self.started.append(process)
-        return Terminal(process, log)
-
-    def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
-
-    def last_step(self) -> int:
-        return read_json(self.output_dir / "checkpoints/last/training_state/training_step.json")["step"]
-
-
-class Terminal:
-    """One process and what it prints."""
-
-    def __init__(self, process: subprocess.Popen, log: Path) -> None:
-        self.process, self.log = process, log
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, pattern: str) -> str:
-        """Return the first match of a pattern in the output, once it is there."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            if found := re.search(pattern, self.text()):
-                return found[0]
-            assert self.process.poll() is None, (
-                f"ended with {self.process.returncode}:\n{self.text()[-3000:]}"
-            )
-            time.sleep(0.05)
-        raise AssertionError(f"{pattern!r} did not appear in:\n{self.text()[-3000:]}")
-
-    def status(self) -> int:
-        """Return the exit status once the process has ended."""
-        try:
-            return self.process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running:\n{self.text()[-3000:]}") from None
-
-    def interrupt(self) -> None:
-        """Press Ctrl-C: the signal goes to the whole process group, as a terminal sends it."""
-        os.killpg(self.process.pid, signal.SIGINT)
 
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path)
-    yield run
-    for process in run.started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with running(Run(tmp_path)) as run:
+        yield run
 
 
 def test_two_terminals_train_refuse_a_stranger_and_meet_a_restarted_actor(run):
@@ -129,7 +33,7 @@ def test_two_terminals_train_refuse_a_stranger_and_meet_a_restarted_actor(run):
     killed.wait_for("policy version 1 applied")
     killed.process.kill()
     actor = run.start("actor", "--steps=4")
-    assert (learner.status(), actor.status()) == (0, 0), learner.text()[-3000:]
+    end_well(learner, actor)
 
     assert [r["iteration"] for r in run.metrics()] == [1, 2, 3, 4]
     assert [r["policy_version"] for r in run.metrics()] == [0, 1, 2, 3]
@@ -158,11 +62,8 @@ def test_ctrl_c_ends_both_leaves_a_checkpoint_and_a_resume_goes_on(run):
     done = run.last_step()
     assert done >= 2
 
-    config = run.output_dir / "checkpoints/last/pretrained_model/train_config.json"
-    more = ("--resume=true", f"--steps={done + 2}")
-    learner = run.start("learner", *more, config=config)
-    actor = run.start("actor", *more, config=config)
-    assert (learner.status(), actor.status()) == (0, 0), learner.text()[-3000:] + actor.text()[-3000:]
+    learner, actor = run.resume_both(f"--steps={done + 2}")
+    end_well(learner, actor)
     assert run.last_step() == done + 2
     assert [r["iteration"] for r in run.metrics()] == list(range(1, done + 3))
     assert "policy version 0 applied" not in actor.text()
@@ -185,12 +86,10 @@ def test_a_killed_learner_is_resumed_while_the_actor_waits_and_its_steps_count(r
     # the number of updates is the learner's business
     actor = run.start("actor", "--steps=1")
     actor.wait_for("policy version 2 applied")
-    os.killpg(learner.process.pid, signal.SIGKILL)
-    learner.process.wait()
+    learner.kill()
     done = run.last_step()
-    config = run.output_dir / "checkpoints/last/pretrained_model/train_config.json"
-    learner = run.start("learner", "--resume=true", f"--steps={done + 2}", config=config)
-    assert (learner.status(), actor.status()) == (0, 0), learner.text()[-3000:] + actor.text()[-3000:]
+    learner = run.resume("learner", f"--steps={done + 2}")
+    end_well(learner, actor)
     assert [r["iteration"] for r in run.metrics()] == list(range(1, done + 3))
     assert [r["episodes"] for r in run.metrics()] == [4 * n for n in range(1, done + 3)]
     assert run.last_step() == done + 2

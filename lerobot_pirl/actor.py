@@ -1,20 +1,20 @@
-"""The actor: fetch version k, collect its episodes, send them."""
+"""The actor: fetch version k, evaluate it where asked to, collect its episodes, send them."""
 
 import contextlib
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lerobot_pirl import launch, registry
-from lerobot_pirl.algorithm import load_weights
+from lerobot_pirl import launch
 from lerobot_pirl.build import describe_run, make_adapter
 from lerobot_pirl.collector import Collector, episode_specs
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
-from lerobot_pirl.metadata import MetadataMismatch, one_line
+from lerobot_pirl.evaluate import evaluate, evaluation_specs
+from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
 from lerobot_pirl.transport import LearnerClient
+from lerobot_pirl.weights import load_weights
 from lerobot_pirl.wire import Message
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Actor:
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
         self.answered: tuple[str, int] | None = None
-        logger.info("metadata %s", one_line(asdict(self.metadata)))
+        logger.info("metadata %s", one_line(self.metadata.to_dict()))
         self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
@@ -80,9 +80,8 @@ class Actor:
         """
         theirs = message.header.get("metadata")
         theirs = theirs if isinstance(theirs, dict) else {}
-        validator = registry.checkpoint_validator(self.cfg.recipe)
         try:
-            validator(asdict(self.metadata), theirs, "actor", "learner")
+            judge(self.metadata.to_dict(), theirs, "actor", "learner")
             load_weights(self.adapter.policy, message.tensors)
         except (MetadataMismatch, ValueError) as error:
             self.client.send_refusal(str(error))
@@ -93,17 +92,37 @@ class Actor:
         logger.info("policy version %d applied", version)
         return version
 
+    def _start_bar(self, what: str, count: int) -> None:
+        self.bar.reset(total=count)
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.set_description(what)
+
+    def _address(self, version: int, session: str) -> dict[str, Any]:
+        """Return the header by which the learner process that asked knows the answer."""
+        return {"policy_version": version, "config_hash": self.metadata.config_hash, "session": session}
+
+    def evaluate(self, version: int, session: str, count: int) -> None:
+        """Run the run's fixed evaluation episodes without exploration and send what became of them."""
+        self._start_bar(f"evaluating policy {version}", count)
+        evaluation = evaluate(self.collector, evaluation_specs(self.num_init_states, count))
+        header, tensors = evaluation.to_tensors()
+        self.client.send(Message("evaluation", header | self._address(version, session), tensors))
+        logger.info(
+            "policy version %d without noise: %d of %d episodes succeeded, in %.1f s",
+            version,
+            int(evaluation.success.sum()),
+            count,
+            evaluation.seconds,
+        )
+
     def collect(self, version: int, session: str) -> None:
         """Run the episodes of one iteration and send them to the learner process that asked for them."""
         count = self.cfg.algorithm.episodes_per_iteration
-        self.bar.reset(total=count)
-        self.bar.set_postfix_str("", refresh=False)
-        self.bar.set_description(f"policy {version}")
+        self._start_bar(f"policy {version}", count)
         specs = episode_specs(self.num_init_states, version * count, count)
-        rollout = self.collector.collect(specs, version)
+        rollout = self.collector.collect(specs, version, self.cfg.algorithm.noise_scale(version))
         header, tensors = rollout.to_tensors()
-        header |= {"config_hash": self.metadata.config_hash, "session": session}
-        self.client.send_rollout(Message("rollout", header, tensors))
+        self.client.send(Message("rollout", header | self._address(version, session), tensors))
         logger.info(
             "policy version %d: %d episodes, %d succeeded, %d env steps in %.1f s (env %.1f, inference %.1f)",
             version,
@@ -127,8 +146,10 @@ class Actor:
             # after a reconnection the same learner sends again what was answered
             if request != self.answered:
                 version = self.apply(message)
-                if message.header.get("collect"):
-                    with contextlib.suppress(_RunIsOver):
+                with contextlib.suppress(_RunIsOver):
+                    if message.header.get("evaluate"):
+                        self.evaluate(version, request[0], message.header["evaluate"])
+                    if message.header.get("collect"):
                         self.collect(version, request[0])
                 self.answered = request
 

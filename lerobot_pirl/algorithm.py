@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lerobot.optim import LRSchedulerConfig
 from lerobot.rl.algorithms.base import RLAlgorithm
 from lerobot.rl.algorithms.configs import TrainingStats
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from lerobot_pirl import flow, ppo
-from lerobot_pirl.config import PiRLConfig
+from lerobot_pirl.options import PiRLConfig
 from lerobot_pirl.policies.base import PolicyAdapter, chain_log_prob
 from lerobot_pirl.rollout import Rollout, compute_returns, derive_seed
+from lerobot_pirl.weights import load_weights, trainable_parameters
 
 POLICY, VALUE = "policy", "value"
 
@@ -37,20 +40,30 @@ class PiRLAlgorithm(RLAlgorithm):
     config_class = PiRLConfig
     name = "pi-rl"
 
-    def __init__(self, adapter: PolicyAdapter, config: PiRLConfig, seed: int = 0) -> None:
-        """Build the value head and the optimiser.
+    def __init__(
+        self,
+        adapter: PolicyAdapter,
+        config: PiRLConfig,
+        seed: int = 0,
+        schedule: LRSchedulerConfig | None = None,
+        steps: int = 1,
+    ) -> None:
+        """Build the value head, the optimiser and its scheduler.
 
         Args:
             adapter: the policy, already frozen where it does not train.
             config: validated options.
             seed: seed of the order of minibatches.
+            schedule: of the learning rates over the updates, LeRobot's; None leaves them as they are.
+            steps: number of updates that the schedule is made for.
         """
         self.adapter = adapter
         self.policy = adapter.policy
         self.config = config
         self.device = adapter.noise_std.device
         self.value_head = make_value_head(adapter.value_input_dim, config.value_hidden_dims).to(self.device)
-        self.optimizer = self.make_optimizers_and_scheduler()[self.name]
+        self.schedule, self.steps = schedule, steps
+        self.optimizer, self.scheduler = self.build_optimizer()
         self.seed = seed
         self.step_weights = self._make_step_weights()
         self.skipped_steps = 0
@@ -65,10 +78,10 @@ class PiRLAlgorithm(RLAlgorithm):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return the policy parameters that train, by name."""
-        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        return trainable_parameters(self.policy)
 
-    def make_optimizers_and_scheduler(self) -> dict[str, torch.optim.Optimizer]:
-        """Return one AdamW over policy weights with decay, without decay, and the value head."""
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+        """Return a new AdamW over policy weights with decay, without decay, and the value head; and its scheduler."""
         config = self.config
         spared = self.adapter.no_decay()
         trainable = self.trainable_parameters()
@@ -82,7 +95,12 @@ class PiRLAlgorithm(RLAlgorithm):
             {"params": list(self.value_head.parameters()), "lr": config.value_learning_rate},
         ]
         optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-        return {self.name: optimizer}
+        return optimizer, self.schedule.build(optimizer, self.steps) if self.schedule else None
+
+    def make_optimizers_and_scheduler(self) -> dict[str, torch.optim.Optimizer]:
+        """Make optimiser and scheduler anew and return the optimiser by its name."""
+        self.optimizer, self.scheduler = self.build_optimizer()
+        return self.get_optimizers()
 
     def get_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimiser for checkpointing."""
@@ -149,12 +167,18 @@ class PiRLAlgorithm(RLAlgorithm):
             "advantages": ppo.normalize_advantages(advantages) if config.normalize_advantage else advantages,
         }
         train_policy = self.optimization_step >= config.critic_warmup_iterations
-        records = self._run_epochs(rollout.features, data, train_policy)
+        noise_scale = config.noise_scale(rollout.policy_version)
+        records = self._run_epochs(rollout.features, data, train_policy, noise_scale)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimization_step += 1
-        return self._stats(records, old_values, returns, advantages)
+        if self.scheduler:
+            self.scheduler.step()
+        stats = self._stats(records, old_values, returns, advantages)
+        stats.extra |= {"learning_rate": learning_rate, "noise_scale": noise_scale}
+        return stats
 
     def _run_epochs(
-        self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool
+        self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool, noise_scale: float
     ) -> list[dict[str, Any]]:
         """Step the optimiser over all minibatches of all epochs; one record per minibatch."""
         records: list[dict[str, Any]] = []
@@ -165,7 +189,7 @@ class PiRLAlgorithm(RLAlgorithm):
             order = torch.randperm(num_rows, generator=generator)
             # of nearly equal size, lest a rest of a few samples moves the weights as far as a whole minibatch
             for rows in order.tensor_split(math.ceil(num_rows / self.config.minibatch_size)):
-                records.append(self._minibatch(features, data, rows, train_policy))
+                records.append(self._minibatch(features, data, rows, train_policy, noise_scale))
                 target = self.config.target_kl
                 if target is not None and records[-1]["approx_kl"] > target:
                     records[-1]["kl_stop"] = True
@@ -173,7 +197,12 @@ class PiRLAlgorithm(RLAlgorithm):
         return records
 
     def _minibatch(
-        self, features: dict[str, Tensor], data: dict[str, Tensor], rows: Tensor, train_policy: bool
+        self,
+        features: dict[str, Tensor],
+        data: dict[str, Tensor],
+        rows: Tensor,
+        train_policy: bool,
+        noise_scale: float,
     ) -> dict[str, Any]:
         """Accumulate the gradient of one minibatch in micro-batches and step the optimiser."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,7 +210,7 @@ class PiRLAlgorithm(RLAlgorithm):
         per_sample: dict[str, list[Tensor]] = defaultdict(list)
         for micro in rows.split(self.config.micro_batch_size):
             loss, sums, samples = self._losses(
-                self._take(features, micro), self._take(data, micro), train_policy
+                self._take(features, micro), self._take(data, micro), train_policy, noise_scale
             )
             (loss / len(rows)).backward()
             for name, value in sums.items():
@@ -194,7 +223,7 @@ class PiRLAlgorithm(RLAlgorithm):
         return record
 
     def _losses(
-        self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool
+        self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool, noise_scale: float
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the summed loss of a micro-batch, its parts (sums) and per-sample diagnostics."""
         config = self.config
@@ -208,7 +237,7 @@ class PiRLAlgorithm(RLAlgorithm):
         value_sum = (value * data["weights"]).sum()
         with torch.set_grad_enabled(train_policy):
             log_prob, _ = chain_log_prob(
-                self.adapter, features, data["chain"], data["step_index"], data["gripper"]
+                self.adapter, features, data["chain"], data["step_index"], data["gripper"], noise_scale
             )
             log_ratio = log_prob - data["old_log_prob"]
             ratio = log_ratio.exp()
@@ -278,26 +307,3 @@ class PiRLAlgorithm(RLAlgorithm):
             grad_norms={name: mean(f"{name}_grad_norm") for name in (POLICY, VALUE)},
             extra=extra,
         )
-
-
-def load_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy pushed weights into a policy in place.
-
-    Raises:
-        ValueError: when a name is unknown or missing, or a shape differs; nothing is copied then.
-    """
-    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    if set(parameters) != set(weights):
-        odd = sorted(set(parameters) ^ set(weights))
-        raise ValueError(
-            f"pushed weights and policy differ in {len(odd)} parameters, the first is {odd[0]!r}"
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
-            raise ValueError(
-                f"pushed weight {name!r} has shape {tuple(weights[name].shape)}, "
-                f"the policy's has {tuple(parameter.shape)}"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])

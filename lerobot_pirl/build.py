@@ -1,15 +1,23 @@
 """What learner and actor both build from a run config: environments' metadata, policy, adapter."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import draccus
 from lerobot.configs import parser
+from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.policies.factory import make_policy
 from lerobot.utils.random_utils import set_seed
 
-from lerobot_pirl import registry
-from lerobot_pirl.checkpoint import Metadata, make_metadata
+from lerobot_pirl import checkpoint, folders, registry
+from lerobot_pirl.metadata import Metadata, flat_options, make_metadata
 from lerobot_pirl.policies.base import PolicyAdapter
+
+logger = logging.getLogger(__name__)
+# what a resume sets by itself
+_NOT_OVERRIDES = ("resume", "checkpoint_path", "policy.pretrained_path")
 
 
 def make_adapter(cfg: Any) -> PolicyAdapter:
@@ -20,7 +28,7 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
     """
     adapter_class = registry.policy_adapter(cfg.policy.type)
     adapter_class.validate(cfg)
-    if cfg.policy.pretrained_path and Path(cfg.policy.pretrained_path).is_absolute():
+    if cfg.policy.pretrained_path and Path(cfg.policy.pretrained_path).is_dir():
         _check_weights(Path(cfg.policy.pretrained_path))
     set_seed(cfg.seed)
     try:
@@ -39,8 +47,20 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
 
 
 def _check_weights(folder: Path) -> None:
+    """Refuse a local policy without weights, or one of our checkpoints whose files have changed."""
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"policy.path={folder} holds no model.safetensors; name a pretrained_model folder")
+    if (folder.parent / folders.DIGESTS_FILE).is_file():
+        checkpoint.verify(folder.parent, f"{folder.name}/")
+
+
+def log_overrides(cfg: Any) -> None:
+    """Log which options of a resumed run are not what its checkpoint was written with."""
+    path = Path(cfg.policy.pretrained_path) / TRAIN_CONFIG_NAME
+    before, now = flat_options(json.loads(path.read_text())), flat_options(draccus.encode(cfg))
+    for name in now:
+        if name in before and now[name] != before[name] and name not in _NOT_OVERRIDES:
+            logger.info("override: %s is %s instead of the checkpoint's %s", name, now[name], before[name])
 
 
 def describe_run(cfg: Any, adapter: PolicyAdapter, run_id: str) -> Metadata:

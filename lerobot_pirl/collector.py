@@ -87,7 +87,7 @@ class Collector:
         Args:
             envs: vector of :class:`lerobot_pirl.envs.chunk.ChunkEnv`, autoreset disabled.
             adapter: the policy.
-            last_step_prob: see :class:`lerobot_pirl.config.PiRLConfig`.
+            last_step_prob: see :class:`lerobot_pirl.options.PiRLConfig`.
             seed: seed of the run; noise and environment of an episode follow from it, the policy's version and
                 the episode's number, and from nothing that runs beside it.
             on_progress: called with (finished episodes, successes) after every chunk.

@@ -194,10 +194,7 @@ def check_entry_points() -> Checks:
             yield Check(label, FAIL, f"no distribution declares it in {group}; reinstall lerobot-pirl")
             continue
         try:
-            if group == registry.RECIPES:
-                registry.recipe(name)
-            else:
-                registry.load(group, name)
+            registry.load(group, name)
             yield Check(label, OK, origin)
         except (Exception, SystemExit) as error:
             yield Check(label, FAIL, f"{_sentence(error)}; repair or uninstall that distribution")
@@ -269,7 +266,7 @@ def check_libero(cfg: Any) -> Checks:
 
 def check_port(cfg: Any) -> Checks:
     """See whether a learner could listen where the config says."""
-    from lerobot_pirl.config import WireConfig
+    from lerobot_pirl.options import WireConfig
 
     wire = getattr(getattr(cfg, "algorithm", None), "wire", None) or WireConfig()
     name = f"port {wire.port}"

@@ -7,7 +7,6 @@ from typing import Any
 from lerobot_pirl.rules import shown
 
 _DATASET = "it belongs to training on a dataset; remove it"
-_EVALUATE = "evaluate checkpoints with lerobot-eval"
 _OPTIMIZER = "set algorithm.learning_rate, algorithm.betas and algorithm.weight_decay"
 
 # option of LeRobot's run config -> what to do instead
@@ -20,14 +19,12 @@ INERT = {
     "prefetch_factor": _DATASET,
     "persistent_workers": _DATASET,
     "dataloader_multiprocessing_context": _DATASET,
-    "env_eval_freq": _EVALUATE,
     "eval_steps": _DATASET,
     "max_eval_samples": _DATASET,
     "tolerance_s": _DATASET,
     "use_policy_training_preset": _OPTIMIZER,
     "optimizer": _OPTIMIZER,
-    "scheduler": "the learning rate stays at algorithm.learning_rate; remove it",
-    "eval": _EVALUATE,
+    "eval": "evaluation uses algorithm.n_envs, algorithm.async_envs and eval.n_episodes; remove it",
     "peft": "the policy's own weights train; remove it",
     "job": "start the learner and the actor on the machine they shall run on",
     "save_checkpoint_to_hub": "upload a checkpoint's pretrained_model folder with `hf upload`",
@@ -37,7 +34,9 @@ INERT = {
     "online_ratio": "there is no replay buffer; remove it",
 }
 # values that say what happens anyway
-_ALSO_FINE = {"env_eval_freq": 0, "eval.batch_size": 0, "job.target": "local"}
+_ALSO_FINE = {"eval.batch_size": 0, "job.target": "local"}
+# what has an effect in a group of options that otherwise has none
+_USED = ("eval.n_episodes",)
 
 
 def refuse_inert(cfg: Any, recipe: str) -> None:
@@ -53,7 +52,7 @@ def refuse_inert(cfg: Any, recipe: str) -> None:
             continue
         default = option.default if option.default_factory is MISSING else option.default_factory()
         for name, value, usual in _leaves(option.name, getattr(cfg, option.name), default):
-            if value != usual and (name not in _ALSO_FINE or value != _ALSO_FINE[name]):
+            if name not in _USED and value != usual and (name not in _ALSO_FINE or value != _ALSO_FINE[name]):
                 raise ValueError(
                     f"{name}={shown(value)} does nothing under recipe {recipe!r}; {INERT[option.name]}"
                 )

@@ -1,26 +1,28 @@
-"""The learner: publish version k, receive the rollouts of version k, update, log, save."""
+"""The learner: publish version k, receive its evaluation and its rollouts, update, log, save."""
 
 import logging
 import signal
 import time
 import uuid
-from dataclasses import asdict
 from typing import Any
 
 from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.utils.utils import format_big_number
 
-from lerobot_pirl import checkpoint, launch, registry
+from lerobot_pirl import checkpoint, launch
 from lerobot_pirl.algorithm import PiRLAlgorithm
-from lerobot_pirl.build import describe_run, make_adapter
+from lerobot_pirl.build import describe_run, log_overrides, make_adapter
+from lerobot_pirl.inbox import Inbox
 from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line
 from lerobot_pirl.plots import plot_run, summary
-from lerobot_pirl.rollout import Rollout, concatenate
+from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.transport import LearnerServer
 from lerobot_pirl.wire import Message
 
 logger = logging.getLogger(__name__)
+
+RETRY_SAVING_S = 10
 
 
 class _Interrupts:
@@ -54,22 +56,24 @@ class Learner:
         """
         self.cfg = cfg
         self.adapter = make_adapter(cfg)
-        self.algorithm = PiRLAlgorithm(self.adapter, cfg.algorithm, seed=cfg.seed)
+        self.algorithm = PiRLAlgorithm(self.adapter, cfg.algorithm, cfg.seed, cfg.scheduler, cfg.steps)
         self.metadata = describe_run(cfg, self.adapter, run_id=uuid.uuid4().hex)
         # tells rollouts made for this process from those for one that was killed at the same version
         self.session = uuid.uuid4().hex
         self.updating = False
-        self.env_steps = self.episodes = 0
+        self.progress = checkpoint.Progress()
         self.saved_version: int | None = None
+        self.unsaved = False
         if cfg.resume:
             self._resume()
         self.interrupts = _Interrupts()
         wire = cfg.algorithm.wire
         self.server = LearnerServer(wire.host, wire.port)
+        self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
         self.metrics = MetricsLog(cfg, self.version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
-        logger.info("metadata %s", one_line(asdict(self.metadata)))
+        logger.info("metadata %s", one_line(self.metadata.to_dict()))
         logger.info(
             "policy %s: %s parameters, %s train; output folder %s; listening on %s:%d",
             cfg.policy.type,
@@ -86,87 +90,68 @@ class Learner:
         return self.algorithm.optimization_step
 
     def _resume(self) -> None:
-        validator = registry.checkpoint_validator(self.cfg.recipe)
-        counters = checkpoint.load(self.cfg.checkpoint_path, self.algorithm, self.metadata, validator)
-        self.env_steps = counters["env_steps"]
-        self.episodes = counters["episodes"]
+        log_overrides(self.cfg)
+        self.progress, self.metadata = checkpoint.load(
+            self.cfg.checkpoint_path, self.algorithm, self.metadata, self.cfg.accept_changes
+        )
+        if self.cfg.accept_changes:
+            logger.warning("accepted and kept in the metadata: %s", self.metadata.history[-1:])
+            # the next resume has its own say
+            self.cfg.accept_changes = []
         self.saved_version = self.version
-        self.metadata = describe_run(self.cfg, self.adapter, counters["run_id"])
         logger.info("resumed %s at update %d", self.cfg.checkpoint_path, self.version)
 
+    @property
+    def _evaluation_is_due(self) -> bool:
+        every = self.cfg.env_eval_freq
+        return every > 0 and self.version % every == 0 and self.progress.evaluated_version != self.version
+
     def publish(self) -> None:
-        """Offer the present weights to all actors."""
+        """Offer the present weights to all actors, with what they shall do with them."""
         header = {
             "policy_version": self.version,
             "session": self.session,
+            "evaluate": self.cfg.eval.n_episodes if self._evaluation_is_due else 0,
             "collect": self.version < self.cfg.steps,
-            "metadata": asdict(self.metadata),
+            "metadata": self.metadata.to_dict(),
         }
         self.server.publish(Message("weights", header, self.algorithm.get_weights()))
         logger.debug("policy version %d published", self.version)
 
-    def receive(self) -> Rollout:
-        """Wait until the episodes of this version are in.
-
-        Raises:
-            RunError: when no actor delivered in time, or one delivered what cannot be used.
-        """
-        wanted = self.cfg.algorithm.episodes_per_iteration
-        timeout = self.cfg.algorithm.wire.rollout_timeout_s
-        rollouts: list[Rollout] = []
-        deadline = time.monotonic() + timeout
-        report_at = time.monotonic() + 60
-        while sum(len(rollout.episode_lengths) for rollout in rollouts) < wanted:
-            self.interrupts.check()
-            message = self.server.receive(timeout=0.5)
-            now = time.monotonic()
-            if message is None:
-                if now > deadline:
-                    raise launch.RunError(
-                        f"no rollout for {timeout:.0f} s with {self.server.num_actors} actors connected; start "
-                        "`python -m lerobot.rl.actor` with the same config or raise "
-                        "algorithm.wire.rollout_timeout_s"
-                    )
-                if now > report_at:
-                    logger.info(
-                        "waiting for rollouts of version %d; %d actors connected",
-                        self.version,
-                        self.server.num_actors,
-                    )
-                    report_at = now + 60
-                continue
-            if message.kind == "refusal":
-                logger.error("an actor refused this learner and left:\n%s", message.header.get("reason", ""))
-                continue
-            rollout = self._accept(message)
-            if rollout is not None:
-                deadline = now + timeout
-                rollouts.append(rollout)
-        return concatenate(rollouts)
-
-    def _accept(self, message: Message) -> Rollout | None:
-        """Return the rollout of a message, or None for one that was made for other weights.
-
-        Raises:
-            RunError: when it was made for these weights and cannot be used; the next one would be the same.
-        """
-        mine = {
+    def _asked_for(self) -> dict[str, object]:
+        """Return what the header of a message must say to be about the present weights."""
+        return {
             "config_hash": self.metadata.config_hash,
             "session": self.session,
             "policy_version": self.version,
         }
-        for name, value in mine.items():
-            if message.header.get(name) != value:
-                logger.error(
-                    "refused a rollout: its %s is %s, here %s", name, message.header.get(name), value
-                )
-                return None
-        try:
-            return Rollout.from_tensors(message.header, message.tensors)
-        except (ValueError, KeyError, TypeError) as error:
-            raise launch.RunError(
-                f"the rollout of policy version {self.version} is refused: {error}"
-            ) from error
+
+    def receive(self) -> Rollout:
+        """Wait until the episodes of this version are in; raises RunError when they do not come or are unusable."""
+        return self.inbox.rollout(self._asked_for(), self.cfg.algorithm.episodes_per_iteration)
+
+    def evaluate(self) -> None:
+        """Wait for the evaluation of this version where one is due; log it, and save the policy if it is the best."""
+        if not self._evaluation_is_due:
+            return
+        evaluation = self.inbox.evaluation(self._asked_for())
+        progress = self.progress
+        progress.evaluated_version = self.version
+        record = {"iteration": self.version, "policy_version": self.version} | evaluation.to_log_dict()
+        self.metrics.write(record)
+        success_rate = record["eval/success_rate"]
+        logger.info(
+            "evaluation of policy %d without noise: success %.1f %% of %d episodes (best before: %s)",
+            self.version,
+            100 * success_rate,
+            len(evaluation),
+            f"{progress.best_success_rate:.1%} by policy {progress.best_version}"
+            if progress.best_version >= 0
+            else "none",
+        )
+        if progress.best_version < 0 or success_rate > progress.best_success_rate:
+            progress.best_version, progress.best_success_rate = self.version, success_rate
+            self.save()
 
     def iterate(self) -> None:
         """Run one iteration: wait, update, publish, log."""
@@ -176,18 +161,19 @@ class Learner:
         self.updating = True
         stats = self.algorithm.update(iter([rollout]))
         self.updating = False
+        self.inbox.forget()
         updated = time.perf_counter()
         self.publish()
         now = time.perf_counter()
-        self.episodes += len(rollout.episode_lengths)
-        self.env_steps += int(rollout.env_steps.sum())
+        self.progress.episodes += len(rollout.episode_lengths)
+        self.progress.env_steps += int(rollout.env_steps.sum())
         collect_s = rollout.stats.get("collect_s", 0.0)
         update_s = updated - received
         record = {
             "iteration": self.version,
             "policy_version": rollout.policy_version,
-            "episodes": self.episodes,
-            "env_steps": self.env_steps,
+            "episodes": self.progress.episodes,
+            "env_steps": self.progress.env_steps,
             "rollout/success_rate": float(rollout.success.float().mean()),
             "rollout/reward_mean": float(rollout.rewards.sum() / len(rollout.episode_lengths)),
             "rollout/episode_length": float(rollout.env_steps.float().mean()),
@@ -208,30 +194,43 @@ class Learner:
         ):
             logger.info(iteration_line(record, self.cfg.steps))
 
-    def save(self) -> None:
-        """Write a checkpoint of the present version unless it is there already or none is wanted."""
+    def save(self) -> bool:
+        """Write a checkpoint of the present version unless it is there already or none is wanted.
+
+        Returns:
+            False when it could not be written; training can go on, and the next update tries again.
+        """
         if self.saved_version == self.version or not self.cfg.save_checkpoint:
-            return
-        counters = {
-            "policy_version": self.version,
-            "env_steps": self.env_steps,
-            "episodes": self.episodes,
-        }
-        path = checkpoint.save(self.cfg, self.version, self.adapter, self.algorithm, self.metadata, counters)
+            return True
+        try:
+            path = checkpoint.save(self.cfg, self.adapter, self.algorithm, self.metadata, self.progress)
+        except checkpoint.CheckpointError as error:
+            self.unsaved = True
+            logger.error(
+                "%s; version %s is the last one saved; free space or make the folder writable",
+                error,
+                self.saved_version,
+            )
+            return False
+        self.unsaved = False
         self.saved_version = self.version
         self.metrics.log_checkpoint(path)
         logger.info("checkpoint %s", path)
+        return True
 
     def run(self) -> None:
         """Train until ``steps`` updates are done; leave a checkpoint however it ends."""
         ok, reason = False, "the learner failed"
         try:
             self.publish()
+            self.evaluate()
             while self.version < self.cfg.steps:
                 self.iterate()
-                if should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps):
+                self.evaluate()
+                if self.unsaved or should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps):
                     self.save()
                 self.interrupts.check()
+            self._save_whole()
             ok, reason = True, f"{self.version} updates are done"
         except KeyboardInterrupt:
             reason = "the learner was interrupted"
@@ -248,13 +247,18 @@ class Learner:
             logger.info("end: %s", reason)
 
     def _save_whole(self) -> None:
-        """Save what a resume can go on from: weights in the middle of an update belong to no version."""
+        """Save what a resume can go on from, and wait for space if need be.
+
+        Weights in the middle of an update belong to no version.
+        """
         if self.updating:
             logger.warning(
                 "the unfinished update is lost; the last checkpoint is of version %s", self.saved_version
             )
-        else:
-            self.save()
+            return
+        while not self.save():
+            logger.warning("trying again every %d s; interrupt to give the state up", RETRY_SAVING_S)
+            time.sleep(RETRY_SAVING_S)
 
     def _draw(self) -> None:
         """Show the curves; whatever is wrong with them is no reason to fail a run."""

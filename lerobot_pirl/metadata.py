@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import draccus
@@ -13,10 +13,14 @@ import torch
 from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
-FORMAT_VERSION = 1
-# never judged: two machines mount a config in different places, a peer has no run id yet, and the config is
-# judged by its hash
-SHOWN_ONLY = ("config_path", "run_id", "config")
+from lerobot_pirl import registry
+
+FORMAT_VERSION = 2
+# never judged: two machines mount a config in different places, a peer has no run id and no history, and the
+# config is judged by its hash
+SHOWN_ONLY = ("config_path", "run_id", "config", "history")
+# no flag turns a checkpoint into one of another recipe, policy or format
+NEVER_ACCEPTED = ("format_version", "recipe", "policy_type")
 # per-process settings, which change where and how fast a run goes but not what it computes
 _PROCESS_ALGORITHM = ("wire", "n_envs", "async_envs")
 _PROCESS_POLICY = (
@@ -41,12 +45,28 @@ _REMEDIES = {
 
 
 class MetadataMismatch(RuntimeError):
-    """Two processes, or a run and its checkpoint, do not belong together."""
+    """Two processes, or a run and its checkpoint, do not belong together.
+
+    Attributes:
+        names: fields and options that differ, by full name.
+    """
+
+    def __init__(self, message: str, names: Iterable[str] = ()) -> None:
+        """Keep the message for the user and what it is about."""
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What has to agree between learner, actor and checkpoint; ``config`` is what ``config_hash`` is made of."""
+    """What has to agree between learner, actor and checkpoint.
+
+    Attributes:
+        config: what ``config_hash`` is made of.
+        history: changes that the user accepted when resuming, each with the ``version`` it was resumed at and
+            ``changes``, ``{name: [before, after]}``.
+        additional: what other packages' validators add, by full name.
+    """
 
     format_version: int
     recipe: str
@@ -64,6 +84,12 @@ class Metadata:
     lerobot_version: str
     run_id: str
     config: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    additional: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object, as it is saved, sent and compared; additional fields stand beside the others."""
+        return {name: value for name, value in asdict(self).items() if name != "additional"} | self.additional
 
 
 def one_line(metadata: dict[str, Any]) -> str:
@@ -93,9 +119,14 @@ def critical_config(cfg: Any) -> dict[str, Any]:
         for name, value in policy.items()
         if name not in _PROCESS_POLICY and not _OVERRULED_POLICY.fullmatch(name)
     }
+    # LeRobot fits a schedule into the number of updates, which is what `steps` counts
+    schedule = cfg.scheduler and {"type": cfg.scheduler.type, "steps": cfg.steps} | draccus.encode(
+        cfg.scheduler
+    )
     return {
         "recipe": cfg.recipe,
         "seed": cfg.seed,
+        "scheduler": schedule,
         "algorithm": algorithm,
         "policy": {"type": cfg.policy.type} | policy,
         "env": {"type": cfg.env.type} | draccus.encode(cfg.env),
@@ -150,28 +181,34 @@ def make_metadata(cfg: Any, adapter: Any, config_path: str | None, run_id: str) 
         lerobot_version=importlib_metadata.version("lerobot"),
         run_id=run_id,
         config=_canonical(critical_config(cfg)),
+        additional={
+            f"{name}.{key}": _canonical(value)
+            for name, validator in registry.checkpoint_validators(cfg.recipe).items()
+            if validator.fields
+            for key, value in validator.fields(cfg, adapter).items()
+        },
     )
 
 
-def _options(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat_options(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return a nested config as options by their full names."""
     if not isinstance(config, dict) or not config:
         return {prefix: config}
     return {
         name: value
         for key, item in config.items()
-        for name, value in _options(item, f"{prefix}.{key}" if prefix else key).items()
+        for name, value in flat_options(item, f"{prefix}.{key}" if prefix else key).items()
     }
 
 
-def _differing_options(mine: Any, theirs: Any) -> list[tuple[str, str, str]]:
-    """Return (option, their value, my value) of every option on which two configs differ."""
-    ours, others = _options(mine), _options(theirs)
-    return [
-        (name, json.dumps(others.get(name)), json.dumps(ours.get(name)))
-        for name in ours | others
-        if ours.get(name) != others.get(name)
-    ]
+def _differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return the keys under which two dictionaries differ; a key that one lacks is a difference."""
+    absent = object()
+    return [name for name in mine | theirs if mine.get(name, absent) != theirs.get(name, absent)]
+
+
+def _judged(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name not in SHOWN_ONLY}
 
 
 def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:
@@ -180,24 +217,81 @@ def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: st
     Raises:
         MetadataMismatch: with a table of the fields that differ and what to do.
     """
-    names = [*mine, *(name for name in theirs if name not in mine)]
-    judged = [name for name in names if name not in SHOWN_ONLY]
-    absent = object()
-    differing = [name for name in judged if mine.get(name, absent) != theirs.get(name, absent)]
+    differing = _differing(_judged(mine), _judged(theirs))
     if not differing:
         return
-    shown = [*differing, "config_path"]
     rows = [("field", their_label, my_label)]
-    rows += [(name, str(theirs.get(name, "-")), str(mine.get(name, "-"))) for name in shown]
+    rows += [
+        (name, str(theirs.get(name, "-")), str(mine.get(name, "-"))) for name in (*differing, "config_path")
+    ]
+    options: list[str] = []
     if mine.get("config") and theirs.get("config"):
-        rows += _differing_options(mine["config"], theirs["config"])
+        ours, others = flat_options(mine["config"]), flat_options(theirs["config"])
+        options = _differing(ours, others)
+        rows += [
+            (name, *(json.dumps(side[name]) if name in side else "-" for side in (others, ours)))
+            for name in options
+        ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    # a field that one side does not know was written by another version of this package
-    both = {name for name in names if name in mine and name in theirs}
-    remedies = [_REMEDIES.get(name, _SAME_CONFIG) if name in both else _SAME_PACKAGE for name in differing]
+    remedies = [_remedy(name, name in mine and name in theirs) for name in differing]
     raise MetadataMismatch(
         f"metadata of {their_label} and {my_label} differ in {', '.join(differing)}:\n"
         + "\n".join(line.rstrip() for line in lines)
-        + f"\nWhat to do: {'; '.join(dict.fromkeys(remedies))}."
+        + f"\nWhat to do: {'; '.join(dict.fromkeys(remedies))}.",
+        [name for name in differing if name != "config_hash"] + options,
     )
+
+
+def _remedy(name: str, known_to_both: bool) -> str:
+    if "." in name:
+        return f"install the same package with validator {name.rpartition('.')[0]!r} on both sides"
+    # a field that one side does not know was written by another version of this package
+    return _REMEDIES.get(name, _SAME_CONFIG) if known_to_both else _SAME_PACKAGE
+
+
+def accept_changes(
+    mine: dict[str, Any], theirs: dict[str, Any], accepted: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take over the fields and options that the user names from my metadata into theirs.
+
+    The config's hash follows when no option is left that differs.
+
+    Returns:
+        their metadata after that, and ``{name: [theirs, mine]}`` of what was different.
+
+    Raises:
+        ValueError: for a name that there is not or that no flag can change.
+    """
+    fields, options = dict(theirs), flat_options(theirs.get("config") or {})
+    my_options = flat_options(mine["config"])
+    changes: dict[str, Any] = {}
+    for name in accepted:
+        sides = (options, my_options) if name in options | my_options else (fields, mine)
+        known = name in _judged(sides[0] | sides[1]) and name != "config_hash"
+        if not known or name in NEVER_ACCEPTED:
+            raise ValueError(
+                f"accept_changes={name!r} is not allowed; it must name fields or options of the table that a "
+                f"refused resume prints, but none of {', '.join(NEVER_ACCEPTED)}"
+            )
+        if name in _differing(*sides):
+            changes[name] = [side.get(name) for side in sides]
+            sides[0].pop(name, None)
+            sides[0].update({name: sides[1][name]} if name in sides[1] else {})
+    fields["config"] = options
+    if changes and options == my_options:
+        fields["config_hash"] = mine["config_hash"]
+    return fields, changes
+
+
+def judge(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:
+    """Ask every validator of the recipe, this package's and others'.
+
+    Raises:
+        MetadataMismatch: from the first one that refuses.
+    """
+    for validator in registry.checkpoint_validators(mine["recipe"]).values():
+        validator.validate(mine, theirs, my_label, their_label)
+
+
+VALIDATOR = registry.CheckpointValidator(validate=validate_metadata)

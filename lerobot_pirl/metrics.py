@@ -1,15 +1,19 @@
-"""Where an iteration's numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, wandb."""
+"""Where numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, wandb."""
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends one JSON object per iteration."""
+    """Appends one JSON object per iteration and per evaluation."""
 
     def __init__(self, cfg: Any, iterations_done: int) -> None:
         """Open the log of a run; records of iterations that a resumed run does again are dropped."""
@@ -17,6 +21,7 @@ class MetricsLog:
         self.wandb = self._open_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_after(iterations_done)
+        self._unwritten = ""
 
     @staticmethod
     def _open_wandb(cfg: Any) -> Any:
@@ -41,12 +46,31 @@ class MetricsLog:
             fresh.replace(self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; numbers that are not finite become null."""
+        """Append a record; numbers that are not finite become null.
+
+        What a full disk refuses is kept and written with the next record.
+        """
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(clean) + "\n")
+        self._unwritten += json.dumps(clean) + "\n"
+        try:
+            self._append(self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            logger.error("%s cannot be written (%s); its lines are kept until it can", self.path, error)
         if self.wandb:
             self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
+
+    def _append(self, text: str) -> None:
+        """Append whole lines or nothing."""
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            data = text.encode()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError("the disk is full")
+            except OSError:
+                os.truncate(self.path, size)
+                raise
 
     def log_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint's policy to wandb, unless ``wandb.disable_artifact``."""

@@ -21,6 +21,7 @@ from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 
+from lerobot_pirl import folders
 from lerobot_pirl.rules import refusal
 
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -103,8 +104,21 @@ def _local_config(name: str) -> Path | None:
     if path.is_file():
         return path
     if path.suffix in SUFFIXES or not _may_be_on_hub(name):
-        raise ValueError(f"config_path={name} is wrong: there is no file {path}")
+        raise ValueError(f"config_path={name} is wrong: there is no file {path}{_other_checkpoints(path)}")
     return None
+
+
+def _other_checkpoints(path: Path) -> str:
+    """Return in words what to resume instead of a checkpoint that is not there."""
+    checkpoint = path.parent.parent
+    found = folders.complete(checkpoint.parent)
+    if not found:
+        return ""
+    target = folders.link_target(checkpoint.parent, checkpoint.name)
+    where = f", because the link {checkpoint} leads to {target}" if target else ""
+    return (
+        f"{where}; complete checkpoints in {checkpoint.parent} are {', '.join(each.name for each in found)}"
+    )
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -36,6 +36,24 @@ class Recipe:
     actor: str
 
 
+@dataclass(frozen=True)
+class CheckpointValidator:
+    """Judges whether learner, actor and checkpoint belong together, by their metadata.
+
+    Attributes:
+        validate: called with (my metadata, their metadata, my label, their label), both JSON objects; raises
+            :class:`lerobot_pirl.metadata.MetadataMismatch` to refuse.
+        fields: called with (run config, policy adapter); returns JSON values by name that the metadata carry
+            besides, under ``<validator's name>.<field>``.
+    """
+
+    validate: Callable[[dict[str, Any], dict[str, Any], str, str], None]
+    fields: Callable[[Any, Any], dict[str, Any]] | None = None
+
+
+_TYPES = {RECIPES: Recipe, CHECKPOINT_VALIDATORS: CheckpointValidator}
+
+
 def _origin(entry: EntryPoint) -> str:
     try:
         return f"{entry.dist.name} {entry.dist.version}"
@@ -70,28 +88,27 @@ def load(group: str, name: str) -> Any:
 
     Raises:
         RegistryError: for an unknown name, listing the known ones; for one that two distributions declare; for one
-            that cannot be imported.
+            that cannot be imported or is of another type than its group holds.
     """
     entry = _find_one(group, name)
+    where = f"the entry point {name} = {entry.value} of {_origin(entry)}"
     try:
-        return entry.load()
+        loaded = entry.load()
     except Exception as error:
         raise RegistryError(
-            f"the entry point {name} = {entry.value} of {_origin(entry)} in {group} cannot be loaded: "
-            f"{type(error).__name__}: {error}"
+            f"{where} in {group} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+    wanted = _TYPES.get(group)
+    if wanted and not isinstance(loaded, wanted):
+        raise RegistryError(
+            f"{where} is a {type(loaded).__name__} instead of a {wanted.__module__}.{wanted.__qualname__}"
+        )
+    return loaded
 
 
 def recipe(name: str) -> Recipe:
-    """Return a recipe; raises RegistryError also when the entry point is no :class:`Recipe`."""
-    loaded = load(RECIPES, name)
-    if not isinstance(loaded, Recipe):
-        entry = _find_one(RECIPES, name)
-        raise RegistryError(
-            f"the entry point {name} = {entry.value} of {_origin(entry)} is a {type(loaded).__name__} instead of "
-            "a lerobot_pirl.registry.Recipe"
-        )
-    return loaded
+    """Return a recipe."""
+    return load(RECIPES, name)
 
 
 def policy_adapter(policy_type: str) -> type:
@@ -99,9 +116,14 @@ def policy_adapter(policy_type: str) -> type:
     return load(POLICY_ADAPTERS, policy_type)
 
 
-def checkpoint_validator(name: str) -> Callable[[dict, dict, str, str], None]:
-    """Return a recipe's validator of checkpoint and peer metadata."""
-    return load(CHECKPOINT_VALIDATORS, name)
+def checkpoint_validators(recipe: str) -> dict[str, CheckpointValidator]:
+    """Return a recipe's validators by name: the one of its own name, then all called ``<recipe>.<something>``.
+
+    Raises:
+        RegistryError: when the recipe has none, or one of them is broken or declared twice.
+    """
+    additional = {entry.name for entry in find(CHECKPOINT_VALIDATORS) if entry.name.startswith(f"{recipe}.")}
+    return {name: load(CHECKPOINT_VALIDATORS, name) for name in (recipe, *sorted(additional))}
 
 
 def describe() -> list[tuple[str, str, str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 MAGIC = b"PIRL"
 FORMAT_VERSION = 1
-KINDS = {"weights": 1, "rollout": 2, "end": 3, "refusal": 4}
+KINDS = {"weights": 1, "rollout": 2, "end": 3, "refusal": 4, "evaluation": 5}
 _NAMES = {number: name for name, number in KINDS.items()}
 _HEADER = struct.Struct("<4sBBIQ32s")
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -141,7 +141,7 @@ def test_minibatches_cover_every_row_once_per_epoch_in_a_new_order():
     algorithm = make_algorithm(n_epochs=2, minibatch_size=4)
     seen = []
     original = algorithm._minibatch
-    algorithm._minibatch = lambda f, d, rows, t: seen.append(rows) or original(f, d, rows, t)
+    algorithm._minibatch = lambda f, d, rows, *rest: seen.append(rows) or original(f, d, rows, *rest)
     for _ in range(2):
         algorithm.update(iter([make_rollout(algorithm.adapter)]))
     orders = [torch.cat(seen[i : i + 3]).tolist() for i in range(0, 12, 3)]

@@ -1,6 +1,7 @@
 """Checkpoints: LeRobot's layout, exact continuation, refusals that restore nothing."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -11,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
-from lerobot_pirl import checkpoint
+from lerobot_pirl import checkpoint, folders, registry, restore
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import make_adapter
-from lerobot_pirl.checkpoint import CheckpointError, MetadataMismatch, make_metadata
+from lerobot_pirl.checkpoint import Progress
 from lerobot_pirl.config import PiRLTrainConfig
-from lerobot_pirl.metadata import config_hash
+from lerobot_pirl.metadata import MetadataMismatch, config_hash, make_metadata
 from lerobot_pirl.policies.xvla import XVLAAdapter
+from lerobot_pirl.restore import CheckpointError
 from tests.test_algorithm import make_rollout, snapshot
 from tests.toy import read_json, tiny_config
 
@@ -30,7 +34,13 @@ OPTIONS = {
     **{"num_denoising_steps": 3, "minibatch_size": 4, "micro_batch_size": 2, "value_hidden_dims": (16,)},
     **{"critic_warmup_iterations": 0, "target_kl": None, "learning_rate": 1e-5, "weight_decay": 0.1},
 }
-COUNTERS = {"policy_version": 1, "env_steps": 36, "episodes": 3}
+PROGRESS = {
+    "env_steps": 36,
+    "episodes": 3,
+    "evaluated_version": 1,
+    "best_version": 0,
+    "best_success_rate": 0.25,
+}
 FILES = {
     *(f"algorithm/{name}" for name in ("config.json", "model.safetensors")),
     *(
@@ -41,7 +51,7 @@ FILES = {
     *(
         f"training_state/{name}"
         for name in ("optimizer_param_groups.json", "optimizer_state.safetensors", "rng_state.safetensors")
-        + ("training_step.json", "pirl_metadata.json")
+        + ("scheduler_state.json", "training_step.json", "pirl_metadata.json", "pirl_digests.json")
     ),
 }
 
@@ -51,19 +61,27 @@ class Run:
 
     def __init__(self, cfg: PiRLTrainConfig, adapter: XVLAAdapter) -> None:
         self.cfg, self.adapter = cfg, adapter
-        self.algorithm = PiRLAlgorithm(adapter, cfg.algorithm, seed=cfg.seed)
+        self.algorithm = PiRLAlgorithm(adapter, cfg.algorithm, cfg.seed, cfg.scheduler, cfg.steps)
         self.metadata = make_metadata(cfg, adapter, "run.json", "a-run-id")
 
     def update(self, seed: int) -> dict[str, float]:
         return self.algorithm.update(iter([make_rollout(self.adapter, seed=seed)])).to_log_dict()
 
-    def save(self, step: int = 1, **counters: int) -> Path:
-        return checkpoint.save(
-            self.cfg, step, self.adapter, self.algorithm, self.metadata, COUNTERS | counters
-        )
+    def save(self, step: int | None = None, **progress: float) -> Path:
+        """Save what there is, under the name of ``step`` updates."""
+        algorithm = self.algorithm
+        done = algorithm.optimization_step
+        algorithm.optimization_step = algorithm.scheduler.last_epoch = done if step is None else step
+        try:
+            return checkpoint.save(
+                self.cfg, self.adapter, algorithm, self.metadata, Progress(**PROGRESS | progress)
+            )
+        finally:
+            algorithm.optimization_step = algorithm.scheduler.last_epoch = done
 
-    def load(self, folder: Path) -> dict:
-        return checkpoint.load(folder, self.algorithm, self.metadata)
+    def load(self, folder: Path, *accepted: str) -> Progress:
+        progress, self.metadata = checkpoint.load(folder, self.algorithm, self.metadata, accepted)
+        return progress
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything that an update or a load may change."""
@@ -71,6 +89,9 @@ class Run:
         state |= {f"value.{name}": value for name, value in snapshot(self.algorithm.value_head).items()}
         for index, moments in self.algorithm.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": value.clone() for name, value in moments.items()}
+        groups = self.algorithm.optimizer.param_groups
+        state |= {f"optimizer.lr{i}": torch.tensor(group["lr"]) for i, group in enumerate(groups)}
+        state["scheduler"] = torch.tensor(self.algorithm.scheduler.last_epoch)
         state["step"] = torch.tensor(self.algorithm.optimization_step)
         state["skipped"] = torch.tensor(self.algorithm.skipped_steps)
         return state | {f"rng.{name}": value for name, value in rng_state().items()}
@@ -92,6 +113,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
 def new_run(output_dir: Path, dtype: str = "float32") -> Run:
     cfg = tiny_config(**OPTIONS)
     cfg.output_dir, cfg.policy.dtype = output_dir, dtype
+    cfg.scheduler = CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=0)
     torch.manual_seed(0)
     return Run(cfg, XVLAAdapter(XVLAPolicy(cfg.policy), cfg))
 
@@ -148,7 +170,8 @@ def test_the_policys_config_carries_the_grid_and_the_executed_chunk_of_the_run(r
 
 def test_counters_and_metadata_are_readable(run, saved):
     state = saved / "training_state"
-    assert read_json(state / "training_step.json") == COUNTERS | {"step": 1, "skipped_steps": 0}
+    counters = {"step": 1, "policy_version": 1, "skipped_steps": 0}
+    assert read_json(state / "training_step.json") == PROGRESS | counters
     metadata = read_json(state / "pirl_metadata.json")
     assert metadata["config_hash"] == config_hash(run.cfg)
     assert metadata["run_id"] == "a-run-id"
@@ -169,7 +192,8 @@ def test_a_checkpoint_of_a_resumed_run_can_be_resumed(saved, tmp_path, monkeypat
     second.cfg.output_dir = tmp_path
     again = second.save(step=2)
     third = resumed_run(again, monkeypatch)
-    assert third.load(again)["step"] == 2
+    third.load(again)
+    assert third.algorithm.optimization_step == 2
     assert third.cfg.checkpoint_path == again
 
 
@@ -270,8 +294,8 @@ def test_a_resumed_run_continues_bit_for_bit(dtype, tmp_path, monkeypatch):
     folder = whole.save()
     at_save = whole.state()
     resumed = resumed_run(folder, monkeypatch)
-    counters = resumed.load(folder)
-    assert counters == COUNTERS | {"step": 1, "skipped_steps": 0, "run_id": "a-run-id"}
+    assert resumed.load(folder) == Progress(**PROGRESS)
+    assert resumed.metadata.run_id == "a-run-id"
     assert differing(at_save, resumed.state()) == set()
     results = []
     for one in (whole, resumed):
@@ -312,7 +336,7 @@ def test_weights_that_share_memory_are_found_under_the_name_that_was_kept(tmp_pa
     tied["b"].weight = tied["a"].weight
     save_model(tied, str(tmp_path / "model.safetensors"))
     like = {"a.weight": torch.zeros(2, 2), "b.weight": torch.zeros(2, 2)}
-    tensors = checkpoint._read_tensors(tmp_path / "model.safetensors", like)
+    tensors = restore.read_tensors(tmp_path / "model.safetensors", like)
     assert torch.equal(tensors["a.weight"], tied["a"].weight)
     assert torch.equal(tensors["b.weight"], tied["a"].weight)
 
@@ -322,6 +346,10 @@ def test_weights_that_share_memory_are_found_under_the_name_that_was_kept(tmp_pa
 
 def fail(*args, **kwargs):
     raise OSError(28, "No space left on device")
+
+
+def fail_in_rust(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def interrupt(*args, **kwargs):
@@ -334,7 +362,9 @@ FAILURES = {
     "value head": lambda one, patch: patch.setattr(one.algorithm, "_save_pretrained", fail),
     "metadata": lambda one, patch: patch.setattr(checkpoint, "_write_json", fail),
     "disk": lambda one, patch: patch.setattr(os, "fsync", fail),
-    "rename": lambda one, patch: patch.setattr(checkpoint, "_move", fail),
+    "tensors": lambda one, patch: patch.setattr("safetensors.torch.serialize_file", fail_in_rust),
+    "digests": lambda one, patch: patch.setattr(folders, "write_digests", fail),
+    "rename": lambda one, patch: patch.setattr(folders, "_put", fail),
     "interrupt": lambda one, patch: patch.setattr(one.algorithm, "_save_pretrained", interrupt),
 }
 
@@ -345,12 +375,15 @@ def test_a_failing_write_leaves_the_former_checkpoint_and_no_half_one(where, run
     run.save(step=1)
     with monkeypatch.context() as patch:
         FAILURES[where](run, patch)
-        with pytest.raises((OSError, KeyboardInterrupt)):
+        with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
             run.save(step=2)
+    if caught.type is CheckpointError:
+        assert f"{tmp_path}/checkpoints/000002 cannot be written" in str(caught.value)
+        assert "No space left on device" in str(caught.value)
     checkpoints = tmp_path / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["000001", "last"]
     assert os.readlink(checkpoints / "last") == "000001"
-    assert run.load(checkpoints / "last")["step"] == 1
+    new_run(tmp_path).load(checkpoints / "last")
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_save(run, tmp_path, monkeypatch):
@@ -398,50 +431,83 @@ def refused(one: Run, folder: Path) -> str:
 def test_an_intact_copy_is_not_refused(copy, tmp_path):
     one = new_run(tmp_path)
     before = one.state()
-    assert one.load(copy)["step"] == 1
+    one.load(copy)
+    assert one.algorithm.optimization_step == 1
     kinds = {name.partition(".")[0] for name in differing(before, one.state())}
-    assert kinds == {"policy", "value", "optimizer", "step", "rng"}
+    assert kinds == {"policy", "value", "optimizer", "scheduler", "step", "rng"}
 
 
-def test_a_stock_checkpoint_is_refused_with_the_way_to_use_its_weights(fresh, copy):
-    (copy / "training_state" / "pirl_metadata.json").unlink()
-    text = refused(fresh, copy)
-    assert f"{copy}/training_state/pirl_metadata.json is missing" in text
-    assert "no checkpoint of recipe 'pi-rl'" in text
-    assert "--policy.path instead of --resume=true" in text
+READ = sorted(FILES - {"training_state/pirl_digests.json", "training_state/pirl_metadata.json"})
+ALL_READ = [*READ, "training_state/pirl_digests.json", "training_state/pirl_metadata.json"]
 
 
-READ = sorted(
-    FILES
-    - {"training_state/pirl_metadata.json", "algorithm/config.json"}
-    - {f"pretrained_model/{name}.json" for name in ("config", "train_config")}
-    - {f"pretrained_model/policy_{name}processor.json" for name in ("pre", "post")}
-)
-
-
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", ALL_READ)
 def test_a_missing_file_is_named(name, fresh, copy):
     (copy / name).unlink()
-    assert name.rpartition("/")[2] in refused(fresh, copy)
+    assert f"{copy}/{name}" in refused(fresh, copy)
 
 
-@pytest.mark.parametrize("name", [*READ, "training_state/pirl_metadata.json"])
+@pytest.mark.parametrize("name", ALL_READ)
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
 def test_a_damaged_file_is_named(name, damage, fresh, copy):
     data = (copy / name).read_bytes()
     damaged = {"empty": b"", "cut": data[: len(data) * 2 // 3], "noise": b"\xff\x00" * 50}[damage]
     (copy / name).write_bytes(damaged)
     text = refused(fresh, copy)
-    assert name.rpartition("/")[2] in text
-    assert str(copy) in text
+    assert f"{copy}/{name}" in text
     assert "resume from another checkpoint" in text
 
 
-@pytest.mark.parametrize("name", ["pirl_metadata.json", "training_step.json"])
-@pytest.mark.parametrize("value", [[], 3, None, "text"])
-def test_json_of_another_shape_is_named(name, value, fresh, copy):
-    (copy / "training_state" / name).write_text(json.dumps(value))
+@pytest.mark.parametrize("name", READ)
+def test_a_single_flipped_bit_is_noticed(name, fresh, copy):
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    (copy / name).write_bytes(data)
     text = refused(fresh, copy)
+    assert f"{copy}/{name} is not as it was saved" in text
+
+
+@pytest.mark.parametrize("step", ["pretrained_model", "algorithm", "training_state"])
+def test_a_part_is_checked_alone(step, copy):
+    (copy / "algorithm" / "model.safetensors").write_bytes(b"")
+    if step == "algorithm":
+        with pytest.raises(CheckpointError, match="algorithm/model.safetensors is not as it was saved"):
+            checkpoint.verify(copy, f"{step}/")
+    else:
+        checkpoint.verify(copy, f"{step}/")
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_is_refused_with_both_versions(version, fresh, copy):
+    path = copy / "training_state" / "pirl_metadata.json"
+    path.write_text(json.dumps(read_json(path) | {"format_version": version, "package_version": "9.9"}))
+    text = refused(fresh, copy)
+    assert f"{path} has format_version {version}, written by lerobot-pirl 9.9" in text
+    assert "reads format_version 2" in text
+
+
+# what digests cannot tell: a file that was written wrong
+
+
+@pytest.fixture
+def unsealed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy whose digests are made anew before it is loaded."""
+    load = checkpoint.load
+
+    def seal_and_load(folder: Path, *args, **kwargs):
+        (folder / folders.DIGESTS_FILE).unlink()
+        folders.write_digests(folder)
+        return load(folder, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load", seal_and_load)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["pirl_metadata.json", "training_step.json", "scheduler_state.json"])
+@pytest.mark.parametrize("value", [[], 3, None, "text"])
+def test_json_of_another_shape_is_named(name, value, fresh, unsealed):
+    (unsealed / "training_state" / name).write_text(json.dumps(value))
+    text = refused(fresh, unsealed)
     assert name in text
     assert "instead of an object" in text
 
@@ -450,17 +516,26 @@ def test_json_of_another_shape_is_named(name, value, fresh, copy):
     ("name", "key"),
     [
         ("pirl_metadata.json", "run_id"),
-        *(("training_step.json", key) for key in ("step", "env_steps", "episodes", "skipped_steps")),
+        ("pirl_metadata.json", "format_version"),
+        ("scheduler_state.json", "last_epoch"),
+        *(("training_step.json", key) for key in ("step", "skipped_steps", *PROGRESS)),
     ],
 )
-def test_a_value_that_is_missing_or_of_another_type_is_named(name, key, fresh, copy):
-    path = copy / "training_state" / name
+def test_a_value_that_is_missing_or_of_another_type_is_named(name, key, fresh, unsealed):
+    path = unsealed / "training_state" / name
     content = read_json(path)
-    for damaged in ({k: v for k, v in content.items() if k != key}, content | {key: 1.5}):
+    for damaged in ({k: v for k, v in content.items() if k != key}, content | {key: [1]}):
         path.write_text(json.dumps(damaged))
-        text = refused(fresh, copy)
+        text = refused(fresh, unsealed)
         assert name in text
         assert f"'{key}'" in text
+
+
+def test_a_schedule_of_another_step_is_refused(fresh, unsealed):
+    path = unsealed / "training_state" / "scheduler_state.json"
+    path.write_text(json.dumps(read_json(path) | {"last_epoch": 7}))
+    text = refused(fresh, unsealed)
+    assert f"{path} is of step 7 in a checkpoint of step 1" in text
 
 
 def rewrite(path: Path, change) -> None:
@@ -482,57 +557,120 @@ SHAPED = [
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_tensors_of_another_shape_are_named_with_both_shapes(name, fresh, copy):
-    rewrite(copy / name, widen_first_matrix)
-    text = refused(fresh, copy)
+def test_tensors_of_another_shape_are_named_with_both_shapes(name, fresh, unsealed):
+    rewrite(unsealed / name, widen_first_matrix)
+    text = refused(fresh, unsealed)
     assert name in text
     assert "has shape (" in text
     assert "this run's has (" in text
 
 
 @pytest.mark.parametrize("name", ["pretrained_model/model.safetensors", "algorithm/model.safetensors"])
-def test_tensors_that_are_not_there_are_named(name, fresh, copy):
+def test_tensors_that_are_not_there_are_named(name, fresh, unsealed):
     trained = next(
         iter(fresh.algorithm.get_weights() if "pretrained" in name else fresh.algorithm.state_dict())
     )
-    rewrite(copy / name, lambda tensors: tensors.pop(trained))
-    text = refused(fresh, copy)
+    rewrite(unsealed / name, lambda tensors: tensors.pop(trained))
+    text = refused(fresh, unsealed)
     assert name in text
     assert f"holds no tensor '{trained}'" in text
 
 
-def test_an_optimiser_of_other_groups_is_refused(fresh, copy):
-    path = copy / "training_state" / "optimizer_param_groups.json"
+def test_an_optimiser_of_other_groups_is_refused(fresh, unsealed):
+    path = unsealed / "training_state" / "optimizer_param_groups.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))
-    assert "optimizer_param_groups.json" in refused(fresh, copy)
+    assert "optimizer_param_groups.json" in refused(fresh, unsealed)
 
 
-def test_random_states_that_python_refuses_are_not_restored_in_part(fresh, copy):
+def test_random_states_that_python_refuses_are_not_restored_in_part(fresh, unsealed):
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors["np_rng_state_index"][0] = 10_000
         tensors["torch_rng_state"] = tensors["torch_rng_state"][:10].clone()
 
-    rewrite(copy / "training_state" / "rng_state.safetensors", damage)
-    assert "rng_state.safetensors" in refused(fresh, copy)
+    rewrite(unsealed / "training_state" / "rng_state.safetensors", damage)
+    assert "rng_state.safetensors" in refused(fresh, unsealed)
 
 
-def test_a_checkpoint_of_another_config_is_refused_and_restores_nothing(fresh, copy):
-    path = copy / "training_state" / "pirl_metadata.json"
-    path.write_text(json.dumps(read_json(path) | {"config_hash": "0" * 64, "n_action_steps": 9}))
-    before = fresh.state()
-    with pytest.raises(
-        MetadataMismatch, match="metadata of checkpoint and this run differ in config_hash, n_act"
-    ):
-        fresh.load(copy)
-    assert differing(before, fresh.state()) == set()
+# what belongs together
 
 
-def test_the_validator_of_the_recipe_judges(fresh, copy):
-    def validator(mine: dict, theirs: dict, my_label: str, their_label: str) -> None:
-        assert mine["run_id"] == theirs["run_id"] == "a-run-id"
+def altered(folder: Path, **changes) -> Path:
+    path = folder / "training_state" / "pirl_metadata.json"
+    path.write_text(json.dumps(read_json(path) | changes))
+    return folder
+
+
+def mismatch(one: Run, folder: Path, *accepted: str) -> str:
+    before = one.state()
+    with pytest.raises(MetadataMismatch) as caught:
+        one.load(folder, *accepted)
+    assert differing(before, one.state()) == set()
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_config_is_refused_and_restores_nothing(fresh, unsealed):
+    text = mismatch(fresh, altered(unsealed, config_hash="0" * 64, n_action_steps=9))
+    assert text.startswith("metadata of checkpoint and this run differ in config_hash, n_action_steps:\n")
+    assert "--accept_changes='[n_action_steps]'" in text
+
+
+@pytest.mark.parametrize("name", ["recipe", "policy_type"])
+def test_another_recipe_or_policy_cannot_be_accepted(name, fresh, unsealed):
+    text = mismatch(fresh, altered(unsealed, **{name: "other"}))
+    assert f"differ in {name}" in text
+    assert "accept_changes" not in text
+    with pytest.raises(ValueError, match=f"accept_changes='{name}' is not allowed"):
+        fresh.load(unsealed, name)
+
+
+def test_changes_that_are_named_are_accepted_take_effect_and_stay_in_the_history(saved, tmp_path):
+    changed = new_run(tmp_path)
+    changed.cfg.algorithm.learning_rate, changed.cfg.algorithm.gamma = 2e-5, 0.5
+    changed = Run(changed.cfg, changed.adapter)
+    text = mismatch(changed, saved)
+    assert "algorithm.learning_rate" in text
+    assert "--accept_changes='[algorithm.gamma,algorithm.learning_rate]'" in text
+    text = mismatch(changed, saved, "algorithm.gamma")
+    assert "algorithm.gamma  " not in text
+    assert "--accept_changes='[algorithm.gamma,algorithm.learning_rate]'" in text
+    changed.load(saved, "algorithm.gamma", "algorithm.learning_rate")
+    entry = {
+        "version": 1,
+        "changes": {"algorithm.gamma": [0.99, 0.5], "algorithm.learning_rate": [1e-5, 2e-5]},
+    }
+    assert changed.metadata.history == [entry]
+    # one of a hundred updates is done
+    assert changed.algorithm.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 * (1 + math.cos(math.pi / 100)))
+    again = new_run(tmp_path / "again")
+    again.cfg.algorithm = changed.cfg.algorithm
+    again = Run(again.cfg, again.adapter)
+    again.load(changed.save())
+    assert again.metadata.history == [entry]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "config_hash", "run_id", "config", "algorithm"])
+def test_a_name_that_no_table_shows_cannot_be_accepted(name, fresh, saved):
+    with pytest.raises(ValueError, match=f"accept_changes='{name}' is not allowed"):
+        fresh.load(saved, name)
+
+
+def test_a_change_that_was_not_one_leaves_no_history(fresh, saved, tmp_path):
+    one = new_run(tmp_path)
+    one.load(saved, "algorithm.gamma")
+    assert one.metadata.history == []
+
+
+def test_every_validator_of_the_recipe_judges(fresh, saved, monkeypatch):
+    seen = []
+
+    def refuse(mine: dict, theirs: dict, my_label: str, their_label: str) -> None:
+        seen.append((mine["run_id"], theirs["run_id"]))
         raise MetadataMismatch(f"{my_label} and {their_label}")
 
-    before = fresh.state()
-    with pytest.raises(MetadataMismatch, match="this run and checkpoint"):
-        checkpoint.load(copy, fresh.algorithm, fresh.metadata, validator)
-    assert differing(before, fresh.state()) == set()
+    validators = {
+        "pi-rl": registry.CheckpointValidator(lambda *args: seen.append("own")),
+        "pi-rl.lab": registry.CheckpointValidator(refuse),
+    }
+    monkeypatch.setattr(registry, "checkpoint_validators", lambda recipe: validators)
+    assert mismatch(fresh, saved) == "this run and checkpoint"
+    assert seen == ["own", ("a-run-id", "a-run-id")]

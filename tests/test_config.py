@@ -24,9 +24,10 @@ from lerobot.optim import AdamWConfig
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 
 from lerobot_pirl import config, launch, metadata, registry, rules
-from lerobot_pirl.config import PiRLConfig, PiRLTrainConfig, WireConfig
+from lerobot_pirl.config import PiRLTrainConfig
 from lerobot_pirl.inert import INERT
 from lerobot_pirl.metadata import config_hash
+from lerobot_pirl.options import PiRLConfig, WireConfig
 from tests.toy import CONFIGS, read_json
 
 TABLETOP = CONFIGS / "pirl_tabletop.json"
@@ -175,7 +176,7 @@ def comments(cls: type) -> dict[str, str]:
 def test_every_field_is_explained_where_it_is_declared(cls):
     found = comments(cls)
     upstream = {each.name for each in dataclasses.fields(TrainRLServerPipelineConfig)}
-    declared = {each.name for each in dataclasses.fields(cls)} - (upstream - {"dataset"})
+    declared = {each.name for each in dataclasses.fields(cls)} - (upstream - {"dataset", "env_eval_freq"})
     assert set(found) == declared
     for name, comment in found.items():
         assert len(comment.split()) >= 3, f"{cls.__name__}.{name} has no comment above it"
@@ -305,6 +306,8 @@ VALUES = {
     "last_step_std_position": (0.01, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
     "last_step_std_rotation": (0.05, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
     "last_step_prob": (0.7, [1e-9, 1], [*NOT_A_FRACTION, 0]),
+    "noise_anneal_iterations": (20, [1, 10**6], NOT_AN_INTEGER),
+    "noise_anneal_to": (0.7, [1e-9, 1], [*but_null(NOT_A_FRACTION), 0]),
     "gripper": ("bernoulli_last", ["exclude"], [*NOT_A_NAME, "gaussian_last"]),
     "gripper_temperature": (0.7, [0.01, 100, None], [*but_null(NOT_POSITIVE), 0.001, 101]),
     "episodes_per_iteration": (80, [1, 10**6], [*NOT_AN_INTEGER, 0]),
@@ -342,6 +345,12 @@ VALUES = {
     ),
     "wire": (None, [], [None, 3, "127.0.0.1:50051", {}]),
 }  # fmt: skip
+# what an option needs beside it to do something
+BESIDE = {
+    "gripper_temperature": {"gripper": "bernoulli_last"},
+    "noise_anneal_iterations": {"noise_anneal_to": 0.5},
+    "noise_anneal_to": {"noise_anneal_iterations": 10},
+}
 WIRE_VALUES = {
     "host": (
         "localhost",
@@ -365,8 +374,7 @@ def built(name: str, value: object) -> PiRLConfig:
     """Return options with one replaced, and whatever that one needs beside it."""
     if name in WIRE_VALUES:
         return PiRLConfig(wire=WireConfig(**{name: value}))
-    beside = {"gripper": "bernoulli_last"} if name == "gripper_temperature" else {}
-    return PiRLConfig(**beside, **{name: value})
+    return PiRLConfig(**BESIDE.get(name, {}), **{name: value})
 
 
 ALL_VALUES = VALUES | WIRE_VALUES
@@ -473,6 +481,7 @@ def test_the_defaults_are_those_of_a_single_gpu_run():
     assert values == {
         **{"variant": "flow_sde", "num_denoising_steps": 5, "n_action_steps": 10, "noise_level": 0.3},
         **{"last_step_std_position": 0.005, "last_step_std_rotation": 0.03, "last_step_prob": 0.5},
+        **{"noise_anneal_iterations": 0, "noise_anneal_to": None},
         **{"gripper": "exclude", "gripper_temperature": None, "step_loss_weight": "inv_sensitivity"},
         **{"episodes_per_iteration": 64, "n_envs": 16, "async_envs": False, "max_episode_steps": None},
         **{"gamma": 0.99, "gae_lambda": 0.95, "bootstrap_truncation": True, "normalize_advantage": True},
@@ -489,7 +498,7 @@ def test_the_defaults_are_those_of_a_single_gpu_run():
 # LeRobot's options that work under the recipe
 USED = {
     *("env", "policy", "output_dir", "job_name", "resume", "seed", "steps", "log_freq", "save_checkpoint"),
-    *("save_freq", "wandb", "checkpoint_path", "algorithm"),
+    *("save_freq", "wandb", "checkpoint_path", "algorithm", "scheduler", "env_eval_freq"),
 }
 # a value of every option that would do nothing, by full name
 WITHOUT_EFFECT = {
@@ -501,14 +510,12 @@ WITHOUT_EFFECT = {
     "prefetch_factor": 2,
     "persistent_workers": False,
     "dataloader_multiprocessing_context": None,
-    "env_eval_freq": 10,
     "eval_steps": 5,
     "max_eval_samples": 5,
     "tolerance_s": 1e-3,
     "use_policy_training_preset": False,
     "optimizer": AdamWConfig(),
-    "scheduler": object(),
-    "eval.n_episodes": 10,
+    "eval.batch_size": 7,
     "eval.use_async_envs": False,
     "eval.recording": True,
     "peft": PeftConfig(),
@@ -541,7 +548,9 @@ def test_an_option_of_lerobot_that_would_do_nothing_is_refused(name):
     assert message.endswith(INERT[group])
 
 
-@pytest.mark.parametrize("changes", [{"env_eval_freq": 0}, {"job": {"target": "local"}}, {"dataset": None}])
+@pytest.mark.parametrize(
+    "changes", [{"eval": {"n_episodes": 7}}, {"job": {"target": "local"}}, {"dataset": None}]
+)
 def test_options_that_say_what_happens_anyway_pass(changes):
     decode(base(**changes)).validate()
 
@@ -636,15 +645,38 @@ def resume(monkeypatch):
     return validate
 
 
-def test_a_resume_takes_policy_and_output_folder_from_the_checkpoint(resume, tmp_path):
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The files of a checkpoint that a config looks for; returns its pretrained_model folder."""
     folder = tmp_path / "checkpoints" / "000003" / "pretrained_model"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
     (folder / "train_config.json").touch()
-    for path in (folder, folder / "train_config.json"):
+    (folder.parent / "training_state").mkdir()
+    (folder.parent / "training_state" / "pirl_metadata.json").touch()
+    return folder
+
+
+def test_a_resume_takes_policy_and_output_folder_from_the_checkpoint(resume, checkpoint, tmp_path):
+    for path in (checkpoint, checkpoint / "train_config.json"):
         cfg = resume(path)
-        assert cfg.policy.pretrained_path == folder
-        assert cfg.checkpoint_path == folder.parent
+        assert cfg.policy.pretrained_path == checkpoint
+        assert cfg.checkpoint_path == checkpoint.parent
+        assert cfg.output_dir == tmp_path
+
+
+def test_an_output_folder_on_the_command_line_wins_over_the_checkpoints(resume, checkpoint, tmp_path):
+    # the parser has set what the command line says; here it is the config's own
+    cfg = resume(checkpoint, f"--output_dir={base()['output_dir']}")
+    assert str(cfg.output_dir) == base()["output_dir"] != str(tmp_path)
+
+
+def test_a_checkpoint_of_stock_lerobot_is_refused_as_a_resume_with_the_way_to_use_it(resume, checkpoint):
+    metadata = checkpoint.parent / "training_state" / "pirl_metadata.json"
+    metadata.unlink()
+    message = refusal(resume, checkpoint)
+    assert f"no checkpoint to resume of recipe 'pi-rl', {metadata} is missing" in message
+    assert f"--policy.path={checkpoint} instead of --resume=true" in message
 
 
 def test_a_resume_of_what_is_no_checkpoint_is_refused(resume, saved_policy):
@@ -762,6 +794,7 @@ CRITICAL = {
     *("variant", "num_denoising_steps", "n_action_steps", "noise_level", "last_step_std_position"),
     *("last_step_std_rotation", "last_step_prob", "gripper", "gripper_temperature", "episodes_per_iteration"),
     *("max_episode_steps", "gamma", "gae_lambda", "bootstrap_truncation", "loss_aggregation"),
+    *("noise_anneal_iterations", "noise_anneal_to"),
     *("normalize_advantage", "step_loss_weight", "clip_range", "dual_clip", "clip_range_vf", "huber_delta"),
     *("n_epochs", "minibatch_size", "micro_batch_size", "target_kl", "critic_warmup_iterations"),
     *("learning_rate", "value_learning_rate", "betas", "weight_decay", "grad_clip_norm", "value_hidden_dims"),
@@ -783,11 +816,10 @@ def test_every_option_of_the_algorithm_either_counts_in_the_hash_or_is_per_proce
 
 @pytest.mark.parametrize("name", sorted(CRITICAL - {"variant"}))
 def test_a_change_of_what_is_learned_changes_the_hash(name):
-    beside = {"gripper": "bernoulli_last"} if name == "gripper_temperature" else {}
-    value = VALUES[name][0]
-    default = getattr(PiRLConfig(), name)
-    assert value != default
-    assert valid_hash(with_algorithm(**beside)) != valid_hash(with_algorithm(**beside, **{name: value}))
+    value, (before, *_), _ = VALUES[name]
+    assert value != before
+    hashes = {valid_hash(with_algorithm(**BESIDE.get(name, {}) | {name: each})) for each in (before, value)}
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_rollout_made_for_other_weights_is_left_out(learner, header, caplog):
     rollout = learner.receive()
     assert len(rollout.episode_lengths) == EPISODES
     name, value = next(iter(header.items()))
-    assert f"refused a rollout: its {name} is {value}" in caplog.text
+    assert f"refused one rollout: its {name} is {value}" in caplog.text
 
 
 def test_rollouts_for_others_do_not_keep_a_learner_alive(learner):

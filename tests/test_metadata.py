@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +10,18 @@ import torch
 from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
-from lerobot_pirl.checkpoint import Metadata, MetadataMismatch, make_metadata
-from lerobot_pirl.config import PiRLConfig, PiRLTrainConfig, WireConfig
-from lerobot_pirl.metadata import config_hash, frozen_digest, one_line, tokenizer_digest, validate_metadata
+from lerobot_pirl.config import PiRLTrainConfig
+from lerobot_pirl.metadata import (
+    Metadata,
+    MetadataMismatch,
+    config_hash,
+    frozen_digest,
+    make_metadata,
+    one_line,
+    tokenizer_digest,
+    validate_metadata,
+)
+from lerobot_pirl.options import PiRLConfig, WireConfig
 from tests.toy import CONFIGS, tiny_config
 
 CONFIG = CONFIGS / "pirl_tabletop.json"
@@ -33,9 +42,10 @@ VALUES = {
     "lerobot_version": "0.6.1",
     "run_id": "a-run",
     "config": {"seed": 1, "algorithm": {"gamma": 0.99, "betas": [0.9, 0.95]}},
+    "history": [],
 }
 METADATA = Metadata(**VALUES)
-SHOWN_ONLY = ("config_path", "run_id", "config")
+SHOWN_ONLY = ("config_path", "run_id", "config", "history")
 JUDGED = [name for name in VALUES if name not in SHOWN_ONLY]
 
 
@@ -43,6 +53,8 @@ def changed(name: str) -> Metadata:
     value = getattr(METADATA, name)
     if isinstance(value, dict):
         return replace(METADATA, **{name: value | {"seed": 2}})
+    if isinstance(value, list):
+        return replace(METADATA, **{name: [*value, {"version": 3, "changes": {"seed": [0, 1]}}]})
     return replace(METADATA, **{name: value + 1 if isinstance(value, int) else f"other-{value}"})
 
 
@@ -54,19 +66,19 @@ def mismatch(actor: dict, learner: dict) -> list[str]:
 
 
 def test_equal_metadata_pass():
-    validate_metadata(asdict(METADATA), json.loads(json.dumps(asdict(METADATA))), "actor", "learner")
+    validate_metadata(METADATA.to_dict(), json.loads(json.dumps(METADATA.to_dict())), "actor", "learner")
 
 
 @pytest.mark.parametrize("name", SHOWN_ONLY)
 def test_what_differs_between_machines_by_nature_is_not_judged(name):
-    validate_metadata(asdict(METADATA), asdict(changed(name)), "actor", "learner")
-    without = {key: value for key, value in asdict(METADATA).items() if key != name}
-    validate_metadata(asdict(METADATA), without, "actor", "learner")
+    validate_metadata(METADATA.to_dict(), changed(name).to_dict(), "actor", "learner")
+    without = {key: value for key, value in METADATA.to_dict().items() if key != name}
+    validate_metadata(METADATA.to_dict(), without, "actor", "learner")
 
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_a_difference_is_a_table_with_both_values_and_what_to_do(name):
-    mine, theirs = asdict(METADATA), asdict(changed(name))
+    mine, theirs = METADATA.to_dict(), changed(name).to_dict()
     title, head, row, config_row, remedy = mismatch(mine, theirs)
     assert title == f"metadata of learner and actor differ in {name}:"
     assert head.split() == ["field", "learner", "actor"]
@@ -86,19 +98,19 @@ def test_a_difference_is_a_table_with_both_values_and_what_to_do(name):
     ],
 )
 def test_the_remedy_fits_the_field(name, remedy):
-    assert mismatch(asdict(METADATA), asdict(changed(name)))[-1] == f"What to do: {remedy}"
+    assert mismatch(METADATA.to_dict(), changed(name).to_dict())[-1] == f"What to do: {remedy}"
 
 
 def test_other_frozen_weights_are_not_blamed_on_the_config():
-    remedy = mismatch(asdict(METADATA), asdict(changed("encoder_digest")))[-1]
+    remedy = mismatch(METADATA.to_dict(), changed("encoder_digest").to_dict())[-1]
     assert "pretrained weights" in remedy
     assert "config file" not in remedy
 
 
 def test_several_differences_are_told_at_once_with_every_remedy_once():
-    theirs = asdict(METADATA) | {"config_hash": "3", "n_action_steps": 7, "lerobot_version": "0.6.2"}
+    theirs = METADATA.to_dict() | {"config_hash": "3", "n_action_steps": 7, "lerobot_version": "0.6.2"}
     theirs["config_path"] = "elsewhere/b.json"
-    lines = mismatch(asdict(METADATA), theirs)
+    lines = mismatch(METADATA.to_dict(), theirs)
     assert lines[0] == "metadata of learner and actor differ in config_hash, n_action_steps, lerobot_version:"
     rows = [line.split() for line in lines[2:-1]]
     assert rows == [
@@ -115,21 +127,21 @@ def test_several_differences_are_told_at_once_with_every_remedy_once():
 def test_another_config_is_told_option_by_option():
     config = {"seed": 1, "algorithm": {"gamma": 0.9, "betas": [0.9, 0.95], "dual_clip": 3}, "env": {}}
     theirs = replace(METADATA, config=config, config_hash="3" * 64)
-    lines = mismatch(asdict(METADATA), json.loads(json.dumps(asdict(theirs))))
+    lines = mismatch(METADATA.to_dict(), json.loads(json.dumps(theirs.to_dict())))
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
     assert rows["algorithm.gamma"] == ["0.9", "0.99"]
-    assert rows["algorithm.dual_clip"] == ["3", "null"]
-    assert rows["env"] == ["{}", "null"]
+    assert rows["algorithm.dual_clip"] == ["3", "-"]
+    assert rows["env"] == ["{}", "-"]
     assert set(rows) == {"config_hash", "config_path", "algorithm.gamma", "algorithm.dual_clip", "env"}
 
 
 def test_the_line_for_the_log_leaves_the_config_out():
-    shown = json.loads(one_line(asdict(METADATA)))
-    assert shown == {key: value for key, value in asdict(METADATA).items() if key != "config"}
+    shown = json.loads(one_line(METADATA.to_dict()))
+    assert shown == {key: value for key, value in METADATA.to_dict().items() if key != "config"}
 
 
 def test_the_columns_of_the_table_are_aligned():
-    lines = mismatch(asdict(METADATA), asdict(changed("config_hash")))
+    lines = mismatch(METADATA.to_dict(), changed("config_hash").to_dict())
     head = lines[1]
     for line in lines[2:-1]:
         assert line[head.index("learner") - 1] == line[head.index("actor") - 1] == " "
@@ -138,10 +150,10 @@ def test_the_columns_of_the_table_are_aligned():
 
 @pytest.mark.parametrize("value", ["new", None])
 def test_a_field_that_one_side_does_not_know_is_a_difference_of_versions(value):
-    extra = asdict(METADATA) | {"noise": value}
+    extra = METADATA.to_dict() | {"noise": value}
     for mine, theirs, row in [
-        (asdict(METADATA), extra, ["noise", str(value), "-"]),
-        (extra, asdict(METADATA), ["noise", "-", str(value)]),
+        (METADATA.to_dict(), extra, ["noise", str(value), "-"]),
+        (extra, METADATA.to_dict(), ["noise", "-", str(value)]),
     ]:
         lines = mismatch(mine, theirs)
         assert lines[2].split() == row
@@ -149,7 +161,7 @@ def test_a_field_that_one_side_does_not_know_is_a_difference_of_versions(value):
 
 
 def test_a_peer_without_metadata_differs_in_everything_that_is_judged():
-    title = mismatch(asdict(METADATA), {})[0]
+    title = mismatch(METADATA.to_dict(), {})[0]
     assert title == f"metadata of learner and actor differ in {', '.join(JUDGED)}:"
 
 
@@ -302,4 +314,4 @@ def test_metadata_describe_the_run():
     assert metadata.config_hash == config_hash(cfg)
     assert (metadata.num_denoising_steps, metadata.n_action_steps) == (4, 4)
     assert json.loads(metadata.policy_features)["action"] == ["ACTION", [7]]
-    assert json.loads(json.dumps(asdict(metadata))) == asdict(metadata)
+    assert json.loads(json.dumps(metadata.to_dict())) == metadata.to_dict()

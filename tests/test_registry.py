@@ -48,7 +48,7 @@ def test_our_entry_points_are_found_next_to_those_of_others(site):
 
 def test_our_entry_points_load():
     assert registry.recipe("pi-rl").name == "pi-rl"
-    assert callable(registry.checkpoint_validator("pi-rl"))
+    assert callable(registry.checkpoint_validators("pi-rl")["pi-rl"].validate)
     assert callable(registry.policy_adapter("xvla").validate)
 
 
@@ -69,7 +69,7 @@ def test_a_third_partys_recipe_is_loaded(site):
     [
         (registry.recipe, "recipe", "'pi-rl'"),
         (registry.policy_adapter, "policy adapter", "'xvla'"),
-        (registry.checkpoint_validator, "checkpoint validator", "'pi-rl'"),
+        (registry.checkpoint_validators, "checkpoint validator", "'pi-rl'"),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones_and_where_they_come_from(site, lookup, kind, known):

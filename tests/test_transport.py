@@ -51,7 +51,7 @@ def test_weights_arrive_whole_in_order_and_rollouts_come_back(server, client):
         message = client.next_weights()
         assert message.header["policy_version"] == version
         assert torch.equal(message.tensors["w"], torch.full((300_000,), float(version)))
-        client.send_rollout(rollout(version))
+        client.send(rollout(version))
         assert server.receive(timeout=10).header["policy_version"] == version
 
 
@@ -83,7 +83,7 @@ def test_the_end_is_seen_without_asking_and_stops_deliveries(server, client):
     with client._condition:
         client._condition.wait_for(lambda: client.ended, timeout=10)
     assert client.ended
-    client.send_rollout(rollout(0))  # returns instead of waiting for a learner that will not come back
+    client.send(rollout(0))  # returns instead of waiting for a learner that will not come back
 
 
 def test_a_refusal_reaches_the_learner(server, client):
@@ -111,7 +111,7 @@ def test_a_learner_that_comes_back_behind_is_followed():
     again = LearnerServer("127.0.0.1", first.port)
     again.publish(weights(3))
     assert client.next_weights().header["policy_version"] == 3
-    client.send_rollout(rollout(3))
+    client.send(rollout(3))
     assert again.receive(timeout=10).header["policy_version"] == 3
     client.close()
     again.close()
@@ -123,7 +123,7 @@ def test_a_delivery_waits_for_a_learner_that_comes_back():
     first.publish(weights(0))
     client.next_weights()
     first.close()
-    sender = threading.Thread(target=client.send_rollout, args=(rollout(0),))
+    sender = threading.Thread(target=client.send, args=(rollout(0),))
     sender.start()
     again = LearnerServer("127.0.0.1", first.port)
     assert again.receive(timeout=20).header["policy_version"] == 0
@@ -137,7 +137,7 @@ def test_a_full_inbox_makes_the_actor_wait_and_loses_nothing(monkeypatch):
     monkeypatch.setattr("lerobot_pirl.transport.client.RETRY_S", 0.05)
     server = LearnerServer("127.0.0.1", 0, max_rollouts=1)
     client = connect(server.port)
-    sender = threading.Thread(target=lambda: [client.send_rollout(rollout(v)) for v in range(3)])
+    sender = threading.Thread(target=lambda: [client.send(rollout(v)) for v in range(3)])
     sender.start()
     versions = [server.receive(timeout=10).header["policy_version"] for _ in range(3)]
     assert versions == [0, 1, 2]
@@ -188,7 +188,7 @@ def test_bytes_that_are_no_rollout_are_refused_and_the_learner_serves_on(server,
     with pytest.raises(grpc.RpcError) as refused:
         stub(server.port).SendTransitions(to_pieces(data, services_pb2.Transition), timeout=10)
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    client.send_rollout(rollout(1))
+    client.send(rollout(1))
     assert server.receive(timeout=10).header["policy_version"] == 1
 
 

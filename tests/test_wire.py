@@ -159,9 +159,9 @@ def test_another_format_is_refused_with_the_remedy(version):
     assert "install the same lerobot-pirl on both sides" in text
 
 
-@pytest.mark.parametrize("kind", [0, 5, 255])
+@pytest.mark.parametrize("kind", [0, 6, 255])
 def test_another_kind_is_refused(kind):
-    assert refusal(raw(kind=kind)) == f"unknown message kind {kind}; known are [1, 2, 3, 4]"
+    assert refusal(raw(kind=kind)) == f"unknown message kind {kind}; known are [1, 2, 3, 4, 5]"
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (1, 0), (3, 0), (2, 1), (2, 2**63), (2**32 - 1, 0)])
@@ -291,7 +291,7 @@ def test_arbitrary_bytes_are_refused(data):
 
 
 @fuzz
-@given(st.binary(max_size=60), st.binary(max_size=200), st.sampled_from([1, 2, 3, 4]))
+@given(st.binary(max_size=60), st.binary(max_size=200), st.sampled_from([1, 2, 3, 4, 5]))
 def test_arbitrary_content_under_a_fitting_digest_is_refused_or_read(text, payload, kind):
     message = decode_or_refuse(raw(text, payload, kind=kind))
     if message is not None:

@@ -39,35 +39,58 @@ def _argument(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _read_config(path: str) -> dict:
+def _read_config(path: str) -> object:
+    """Return what a config file holds, None where there is no such file; raises whatever its reader does."""
     if os.path.isdir(path):
         path = os.path.join(path, "train_config.json")
     # LeRobot takes any other path for a hub id; reading a pipe would leave it nothing
     if not os.path.isfile(path):
-        return {}
+        return None
     with open(path, encoding="utf-8") as file:
         if path.endswith((".yaml", ".yml")):
             import yaml
 
-            config = yaml.safe_load(file)
-        else:
-            import json
+            return yaml.safe_load(file)
+        import json
 
-            config = json.load(file)
-    return config if isinstance(config, dict) else {}
+        return json.load(file)
+
+
+def _recipe_of_run(path: str) -> object:
+    """Return the recipe of the run a checkpoint's config belongs to, by its checkpoints' metadata.
+
+    A damaged or missing config of a checkpoint is this package's to refuse: LeRobot would look for it on a hub.
+    """
+    import json
+
+    folder = os.path.dirname(path) if path.endswith("train_config.json") else path.rstrip("/")
+    if os.path.basename(folder) != "pretrained_model":
+        return None
+    checkpoints = os.path.dirname(os.path.dirname(folder))
+    for name in sorted(os.listdir(checkpoints)):
+        metadata = os.path.join(checkpoints, name, "training_state", "pirl_metadata.json")
+        if os.path.isfile(metadata):
+            with open(metadata, encoding="utf-8") as file:
+                return json.load(file).get("recipe")
+    return None
 
 
 def selected_recipe(argv: list[str]) -> str | None:
     """Return the recipe that a command line or its config file selects, else None; never raises.
 
-    A config that cannot be read here, such as one on a hub, selects nothing: ``--recipe`` still does.
+    A config that cannot be read here, such as one on a hub, selects nothing, unless it is a checkpoint's: ``--recipe``
+    still does.
     """
     name = _argument(argv, "recipe")
-    if name:
-        return name
     path = _argument(argv, "config_path")
+    if name or not path:
+        return name or None
     try:
-        recipe = _read_config(path).get("recipe") if path else None
+        config = _read_config(path)
+    except Exception:
+        config = None
+    try:
+        recipe = _recipe_of_run(path) if config is None else config.get("recipe")
     except Exception:
         return None
     return recipe if isinstance(recipe, str) and recipe else None

@@ -129,8 +129,8 @@ class LearnerClient:
             logger.warning("%s; waiting for it", error)
             self.connect()
 
-    def send_rollout(self, message: Message) -> None:
-        """Deliver a rollout, over a reconnection if need be; not after the learner's end.
+    def send(self, message: Message) -> None:
+        """Deliver a rollout or an evaluation, over a reconnection if need be; not after the learner's end.
 
         Raises:
             ConnectionError: when the learner refuses it or stays away.
@@ -147,7 +147,9 @@ class LearnerClient:
                     time.sleep(RETRY_S)
                     continue
                 if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-                    raise ConnectionError(f"the learner refused the rollout: {error.details()}") from error
+                    raise ConnectionError(
+                        f"the learner refused the {message.kind}: {error.details()}"
+                    ) from error
                 if self.ended:
                     return
                 logger.warning("lost the learner (%s); waiting for it", error.code().name)

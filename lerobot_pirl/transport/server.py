@@ -69,12 +69,12 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
         with self.condition:
             self.condition.notify_all()
 
-    def _receive(self, pieces, context, kind: str):
+    def _receive(self, pieces, context, *kinds: str):
         try:
             for data in from_pieces(pieces, self.max_bytes):
                 message = decode(data, self.max_bytes)
-                if message.kind != kind:
-                    raise WireError(f"a message of kind {message.kind!r} came where {kind!r} belongs")
+                if message.kind not in kinds:
+                    raise WireError(f"a message of kind {message.kind!r} came where {kinds} belong")
                 self.inbox.put_nowait(message)
         except WireError as error:
             logger.error("refused a message of %s: %s", context.peer(), error)
@@ -86,8 +86,8 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
         return services_pb2.Empty()
 
     def SendTransitions(self, request_iterator, context):  # noqa: N802
-        """Take a rollout."""
-        return self._receive(request_iterator, context, "rollout")
+        """Take a rollout or an evaluation."""
+        return self._receive(request_iterator, context, "rollout", "evaluation")
 
     def SendInteractions(self, request_iterator, context):  # noqa: N802
         """Take a refusal."""

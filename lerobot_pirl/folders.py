@@ -1,0 +1,176 @@
+"""Folders that are complete or not there: atomic writes, links, digests of files, pruning; standard library only."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+LAST, BEST = "last", "best"
+# what has digests is complete: they are written last, into a folder that is renamed when it is complete
+DIGESTS_FILE = Path("training_state/pirl_digests.json")
+METADATA_FILE = Path("training_state/pirl_metadata.json")
+_PARTIAL, _FORMER, _GONE = "partial", "former", "gone"
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Give an empty hidden folder; when the block ends, it appears under its final name, whole.
+
+    A failure removes it. A folder of the same name is replaced; ``last`` and ``best`` lead to a whole folder at
+    every instant.
+    """
+    _remove_leftovers(final.parent)
+    partial = _hidden(final, _PARTIAL)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        write_digests(partial)
+        _sync(*partial.rglob("*"), partial)
+        _put(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _hidden(folder: Path, role: str) -> Path:
+    return folder.with_name(f".{folder.name}.{role}")
+
+
+def _sync(*paths: Path) -> None:
+    """Flush files and folders to the disk, so that a rename cannot outrun the data."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put(partial: Path, final: Path) -> None:
+    if not final.exists():
+        partial.rename(final)
+        _sync(final.parent)
+        return
+    # for the instant in which nobody has the name, links lead to a copy
+    former = _hidden(final, _FORMER)
+    linked = [name for name in (LAST, BEST) if link_target(final.parent, name) == final.name]
+    if linked and not former.exists():
+        shutil.copytree(final, former, copy_function=_hard_link)
+    for name in linked:
+        point(name, former)
+    final.rename(_hidden(final, _GONE))
+    partial.rename(final)
+    for name in linked:
+        point(name, final)
+    _remove_leftovers(final.parent)
+
+
+def _hard_link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what a killed process left behind, but for what a link still leads to."""
+    linked = {link_target(parent, name) for name in (LAST, BEST)}
+    for role in (_PARTIAL, _FORMER, _GONE):
+        for leftover in parent.glob(f".*.{role}"):
+            if leftover.name not in linked:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def link_target(parent: Path, name: str) -> str | None:
+    """Return the name that a link in ``parent`` holds, or None where there is no such link."""
+    try:
+        return os.readlink(parent / name)
+    except OSError:
+        return None
+
+
+def point(name: str, folder: Path) -> None:
+    """Let the link ``name`` beside ``folder`` lead to it, in one step; it is relative and survives a move."""
+    fresh = folder.with_name(f".{name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    fresh.replace(folder.with_name(name))
+    _sync(folder.parent)
+
+
+def complete(parent: Path) -> list[Path]:
+    """Return the complete folders in ``parent`` in the order of their steps, which are their names."""
+    found = [
+        path for path in parent.glob("[!.]*") if not path.is_symlink() and (path / DIGESTS_FILE).is_file()
+    ]
+    return sorted(found, key=_by_step)
+
+
+def _by_step(folder: Path) -> tuple[int, str]:
+    return len(folder.name), folder.name
+
+
+def prune(newest: Path, keep: int) -> list[Path]:
+    """Remove all but the ``keep`` newest folders beside ``newest``, itself included; never what a link leads to.
+
+    Returns:
+        The folders that were removed.
+    """
+    parent = newest.parent
+    kept = {newest.name, link_target(parent, LAST), link_target(parent, BEST)}
+    # a run that went back to an earlier step has left later ones behind: these go first
+    others = sorted(
+        (path for path in complete(parent) if path != newest),
+        key=lambda path: (_by_step(path) < _by_step(newest), _by_step(path)),
+    )
+    doomed = [path for path in others[: max(0, len(others) - (keep - 1))] if path.name not in kept]
+    for path in doomed:
+        gone = _hidden(path, _GONE)
+        path.rename(gone)
+        shutil.rmtree(gone)
+    return doomed
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 of every file in a folder into it."""
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
+    (folder / DIGESTS_FILE).parent.mkdir(exist_ok=True)
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
+
+
+def verify(folder: Path, part: str = "") -> None:
+    """Compare the files of a folder, or of one ``part`` of it, with their digests.
+
+    Raises:
+        ValueError: one sentence that names the first file that is missing or not as it was written.
+    """
+    path = folder / DIGESTS_FILE
+    try:
+        digests = json.loads(path.read_text())
+        chosen = {name: str(digest) for name, digest in digests.items() if name.startswith(part)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if not chosen:
+        raise ValueError(f"{path} lists no file of {folder / part}")
+    for name, expected in chosen.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        found = _digest(file)
+        if found != expected:
+            raise ValueError(
+                f"{file} is not as it was saved: its SHA-256 is {found[:12]}..., {path.name} says {expected[:12]}..."
+            )

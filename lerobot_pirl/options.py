@@ -1,0 +1,177 @@
+"""The recipe's options under ``algorithm``, of type ``pi-rl``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lerobot.rl.algorithms.configs import RLAlgorithmConfig
+
+from lerobot_pirl import rules
+from lerobot_pirl.rules import option
+
+NAME = "pi-rl"
+
+COUNT = rules.integer(1, 1_000_000)
+_FRACTION = rules.number("a number in [0, 1]", lambda value: 0 <= value <= 1)
+# below a micrometre, or its like, float32 no longer resolves the noise
+_NOISE = rules.between(1e-6, 10)
+_DECAY = rules.number("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+@dataclass
+class WireConfig:
+    """Where the two processes meet; no field of it changes what is learned."""
+
+    # Address the learner listens on and the actor connects to; loopback, since nothing is encrypted.
+    host: str = option("127.0.0.1", rules.LOOPBACK)
+    # TCP port of the learner; 0 lets it take a free one, which it logs.
+    port: int = option(50051, rules.integer(0, 65535))
+    # Seconds the actor tries to reach a learner before it gives up; first contact and every reconnection.
+    connect_timeout_s: float = option(300.0, rules.POSITIVE)
+    # Seconds the learner waits for a rollout before it gives up.
+    rollout_timeout_s: float = option(3600.0, rules.POSITIVE)
+
+
+@RLAlgorithmConfig.register_subclass(NAME)
+@dataclass
+class PiRLConfig(RLAlgorithmConfig):
+    """piRL: PPO over the denoising chain of a flow-matching policy."""
+
+    # How the denoising chain explores. flow_sde: one stochastic step per chunk.
+    variant: str = option("flow_sde", rules.one_of("flow_sde"))
+    # Denoising steps K of rollout, update and the saved policy, at least 2.
+    num_denoising_steps: int = option(5, rules.integer(2, 1000))
+    # Executed rows of every predicted chunk.
+    n_action_steps: int = option(10, rules.integer(1, 1000))
+    # Noise level `a` of the steps before the last (piRL 0.5; X-VLA's metre-scale actions want less), 1e-6 to 10.
+    noise_level: float = option(0.3, _NOISE)
+    # Std of the last step on position channels, in metres, 1e-6 to 10.
+    last_step_std_position: float = option(0.005, _NOISE)
+    # Std of the last step on 6-D rotation channels, 1e-6 to 10.
+    last_step_std_rotation: float = option(0.03, _NOISE)
+    # Probability that the last step is the stochastic one, in (0, 1].
+    last_step_prob: float = option(0.5, rules.number("a number in (0, 1]", lambda value: 0 < value <= 1))
+    # Updates over which the noise of all steps shrinks linearly to `noise_anneal_to` of itself; 0 keeps it.
+    noise_anneal_iterations: int = option(0, rules.integer(0, 1_000_000))
+    # Share of the noise that is left then, in (0, 1]; refused without `noise_anneal_iterations`.
+    noise_anneal_to: float | None = option(
+        None, rules.or_null(rules.number("a number in (0, 1]", lambda value: 0 < value <= 1))
+    )
+    # Gripper: `exclude` thresholds its logit; `bernoulli_last` draws it when the last step is stochastic.
+    gripper: str = option("exclude", rules.one_of("exclude", "bernoulli_last"))
+    # Temperature of `bernoulli_last` (0.5 when not given), 0.01 to 100; refused with `exclude`.
+    gripper_temperature: float | None = option(None, rules.or_null(rules.between(0.01, 100)))
+
+    # Episodes of every iteration, over all environments and tasks.
+    episodes_per_iteration: int = option(64, COUNT)
+    # Environments that the actor steps side by side.
+    n_envs: int = option(16, rules.integer(1, 1024))
+    # Step the environments in worker processes instead of in the actor's own.
+    async_envs: bool = option(False, rules.FLAG)
+    # Step limit of an episode; not given: the environment's own.
+    max_episode_steps: int | None = option(None, rules.or_null(COUNT))
+
+    # Discount per executed chunk, in [0, 1].
+    gamma: float = option(0.99, _FRACTION)
+    # GAE's lambda per executed chunk, in [0, 1].
+    gae_lambda: float = option(0.95, _FRACTION)
+    # Bootstrap the value of the last observation of an episode that ran out of time (RLinf: false).
+    bootstrap_truncation: bool = option(True, rules.FLAG)
+    # `token`: every chunk weighs the same; `episode`: every episode does.
+    loss_aggregation: str = option("token", rules.one_of("token", "episode"))
+    # Scale advantages of an iteration to mean 0 and std 1.
+    normalize_advantage: bool = option(True, rules.FLAG)
+    # Loss weight per denoising step: `inv_sensitivity` levels their gradients, `none` leaves them.
+    step_loss_weight: str = option("inv_sensitivity", rules.one_of("inv_sensitivity", "none"))
+
+    # PPO's clip range of the probability ratio, in (0, 1).
+    clip_range: float = option(0.2, rules.number("a number in (0, 1)", lambda value: 0 < value < 1))
+    # Bound of the loss of negative advantages, > 1; null turns it off.
+    dual_clip: float | None = option(
+        3.0, rules.or_null(rules.number("a finite number > 1", lambda value: value > 1))
+    )
+    # Clip range of the value function's change, > 0; null turns it off.
+    clip_range_vf: float | None = option(0.2, rules.or_null(rules.POSITIVE))
+    # Where the value loss turns from quadratic to linear, > 0.
+    huber_delta: float = option(10.0, rules.POSITIVE)
+    # Passes over a rollout, at least 1.
+    n_epochs: int = option(1, rules.integer(1, 1000))
+    # Samples per optimiser step.
+    minibatch_size: int = option(512, COUNT)
+    # Samples per forward and backward pass; gradients accumulate up to minibatch_size.
+    micro_batch_size: int = option(32, COUNT)
+    # End the update when the mean k3 KL of a minibatch exceeds this, > 0; null turns it off.
+    target_kl: float | None = option(0.02, rules.or_null(rules.POSITIVE))
+    # First iterations that train the value head alone.
+    critic_warmup_iterations: int = option(3, rules.integer(0, 1_000_000))
+
+    # AdamW learning rate of the policy, in [0, 1].
+    learning_rate: float = option(2e-6, _FRACTION)
+    # AdamW learning rate of the value head, in [0, 1].
+    value_learning_rate: float = option(1e-4, _FRACTION)
+    # AdamW betas, each in [0, 1).
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), rules.many("a list of two numbers in [0, 1)", _DECAY, 2, 2)
+    )
+    # AdamW weight decay, in [0, 1]; never on tables with a row per domain.
+    weight_decay: float = option(0.01, _FRACTION)
+    # Gradient clipping by norm, per group (policy, value head), > 0.
+    grad_clip_norm: float = option(1.0, rules.POSITIVE)
+    # Widths of the value head's hidden layers.
+    value_hidden_dims: tuple[int, ...] = option(
+        (512, 256, 128),
+        rules.many("a list of 1 to 16 integers from 1 to 16384", rules.integer(1, 16384), 1, 16),
+    )
+
+    # How learner and actor talk.
+    wire: WireConfig = field(default_factory=WireConfig)
+
+    @classmethod
+    def from_policy_config(cls, policy_cfg: Any) -> "PiRLConfig":
+        """Return the defaults; the policy's config holds nothing that changes them."""
+        return cls()
+
+    @property
+    def resolved_gripper_temperature(self) -> float | None:
+        """Temperature of the gripper's Bernoulli, None where it is thresholded."""
+        if self.gripper == "exclude":
+            return None
+        return 0.5 if self.gripper_temperature is None else self.gripper_temperature
+
+    def noise_scale(self, policy_version: int) -> float:
+        """Return the share of the noise that a policy version explores with; linear, as in RLinf's annealing."""
+        if not self.noise_anneal_iterations:
+            return 1.0
+        done = min(1.0, policy_version / self.noise_anneal_iterations)
+        return 1.0 + (self.noise_anneal_to - 1.0) * done
+
+    def validate(self) -> None:
+        """Check every value; write down the gripper's temperature where it was left to its default.
+
+        Raises:
+            ValueError: one sentence with the field's full name, its value and what it must be.
+        """
+        rules.check(self, ALGORITHM_RULES, "algorithm.")
+        if not isinstance(self.wire, WireConfig):
+            raise rules.refusal("algorithm.wire", self.wire, "options by name")
+        rules.check(self.wire, WIRE_RULES, "algorithm.wire.")
+        if self.gripper_temperature is not None and self.gripper == "exclude":
+            raise ValueError(
+                f"algorithm.gripper_temperature={self.gripper_temperature} does nothing with "
+                "algorithm.gripper='exclude'; remove it or set algorithm.gripper to 'bernoulli_last'"
+            )
+        if (self.noise_anneal_to is None) == bool(self.noise_anneal_iterations):
+            raise ValueError(
+                f"algorithm.noise_anneal_iterations={self.noise_anneal_iterations} and algorithm.noise_anneal_to="
+                f"{self.noise_anneal_to} do nothing without each other; give both or none"
+            )
+        if self.micro_batch_size > self.minibatch_size:
+            raise ValueError(
+                f"algorithm.micro_batch_size={self.micro_batch_size} exceeds algorithm.minibatch_size="
+                f"{self.minibatch_size}; lower algorithm.micro_batch_size"
+            )
+        # left out or written, the default is one config
+        self.gripper_temperature = self.resolved_gripper_temperature
+
+
+ALGORITHM_RULES = rules.of(PiRLConfig)
+WIRE_RULES = rules.of(WireConfig)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.smoke import free_port
 from tests.toy import CONFIGS, read_json
@@ -40,11 +41,7 @@ class Run:
 
     def start(self, role: str, *options: str, config: Path | None = None) -> "Terminal":
         """Start a role of this run's config, or of another, such as a checkpoint's."""
-        command = [sys.executable, "-m", f"lerobot.rl.{role}", f"--config_path={config or self.config}"]
-        command += [f"--algorithm.wire.port={self.port}", *options]
-        if "--resume=true" not in options:
-            command += self.options
-            command += [] if "--output_dir" in str(options) else [f"--output_dir={self.output_dir}"]
+        command = [sys.executable, "-m", f"lerobot.rl.{role}", *self.arguments(*options, config=config)]
         log = self.folder / f"{role}{len(self.started)}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as file:
@@ -60,13 +57,21 @@ class Run:
         self.started.append(process)
         return Terminal(process, log)
 
+    def arguments(self, *options: str, config: Path | None = None) -> list[str]:
+        """Return what follows the command's name."""
+        found = [f"--config_path={config or self.config}", f"--algorithm.wire.port={self.port}"]
+        if "--resume=true" not in options:
+            found += self.options
+            found += [] if "--output_dir" in str(options) else [f"--output_dir={self.output_dir}"]
+        return found + list(options)
+
     def start_both(self, *options: str) -> tuple["Terminal", "Terminal"]:
         """Start learner and actor alike."""
         return self.start("learner", *options), self.start("actor", *options)
 
-    def resume(self, role: str, *options: str) -> "Terminal":
+    def resume(self, role: str, *options: str, **others: Any) -> "Terminal":
         """Start a role as LeRobot resumes: with the config of the last checkpoint."""
-        return self.start(role, "--resume=true", *options, config=self.resume_config)
+        return self.start(role, "--resume=true", *options, config=self.resume_config, **others)
 
     def resume_both(self, *options: str) -> tuple["Terminal", "Terminal"]:
         """Resume in both terminals."""

@@ -17,7 +17,7 @@ from lerobot_pirl.policies.base import PolicyAdapter
 
 logger = logging.getLogger(__name__)
 # what a resume sets by itself
-_NOT_OVERRIDES = ("resume", "checkpoint_path", "policy.pretrained_path")
+_NOT_OVERRIDES = ("resume", "checkpoint_path", "policy.pretrained_path", "accept_changes")
 
 
 def make_adapter(cfg: Any) -> PolicyAdapter:

@@ -197,7 +197,7 @@ def _judge(metadata: Metadata, stored: dict[str, Any], accepted: Iterable[str]) 
             raise
         names = ",".join([*changes, *error.names])
         raise MetadataMismatch(
-            f"{error}\nIf the change is meant, name it: --accept_changes='[{names}]'; the metadata's history keeps it.",
+            f"{error}\nIf the change is meant, name it: --accept_changes={names}; the metadata's history keeps it.",
             error.names,
         ) from error
     return changes

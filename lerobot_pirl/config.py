@@ -2,11 +2,12 @@
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import draccus
+import torch
 from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import ParsingError
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
@@ -29,9 +30,7 @@ RUN_RULES: Mapping[str, Rule] = {
     "log_freq": rules.integer(-1_000_000_000, 1_000_000_000),
     "env_eval_freq": rules.integer(-1_000_000_000, 1_000_000_000),
     "keep_last_n": rules.or_null(COUNT),
-    "accept_changes": rules.many(
-        "a list of names", rules.Rule("a name", lambda value: isinstance(value, str)), 0, 1000
-    ),
+    "accept_changes": rules.Rule("names with commas between them", lambda value: isinstance(value, str)),
 }
 EVAL_RULES: Mapping[str, Rule] = {"n_episodes": COUNT}
 ALLOWED = {
@@ -61,8 +60,8 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
     env_eval_freq: int = 0
     # Checkpoints to keep besides the best one; not given: all.
     keep_last_n: int | None = None
-    # On resume: metadata fields and options, by full name, that may differ from the checkpoint's.
-    accept_changes: list[str] = field(default_factory=list)
+    # On resume: metadata fields and options, by full name and with commas between them, that may differ.
+    accept_changes: str = ""
 
     def validate(self, check_output_dir: bool = True) -> None:
         """Check the whole config and fill in what follows from it: the policy's config, names and folders.
@@ -88,6 +87,7 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         rules.check(self.eval, EVAL_RULES, "eval.")
         self._resolve_pretrained_from_cli()
         refuse_inert(self, NAME)
+        self._check_scheduler()
         # 0 stands for a number that follows from this machine's cores, which a checkpoint must not carry away
         self.eval.batch_size = 0
         if self.env is None:
@@ -116,7 +116,7 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             self._check_resume_checkpoint()
         elif self.accept_changes:
             raise ValueError(
-                f"accept_changes={self.accept_changes} does nothing without resume=true; remove it"
+                f"accept_changes={self.accept_changes!r} does nothing without resume=true; remove it"
             )
 
     def _check_resume_checkpoint(self) -> None:
@@ -135,6 +135,17 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         # the run goes on where it lies, also after a move
         if self.checkpoint_path.parent.name == CHECKPOINTS_DIR and not parser.parse_arg("output_dir"):
             self.output_dir = self.checkpoint_path.parent.parent
+
+    def _check_scheduler(self) -> None:
+        if self.scheduler is None:
+            return
+        try:
+            self.scheduler.build(torch.optim.SGD([torch.zeros(1)]), self.steps)
+        except (ImportError, ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"scheduler of type {self.scheduler.type!r} cannot be built ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); correct its options"
+            ) from error
 
     def _check_policy(self) -> None:
         if self.policy is None:

@@ -92,12 +92,15 @@ class Learner:
     def _resume(self) -> None:
         log_overrides(self.cfg)
         self.progress, self.metadata = checkpoint.load(
-            self.cfg.checkpoint_path, self.algorithm, self.metadata, self.cfg.accept_changes
+            self.cfg.checkpoint_path,
+            self.algorithm,
+            self.metadata,
+            [name.strip() for name in self.cfg.accept_changes.split(",") if name.strip()],
         )
         if self.cfg.accept_changes:
             logger.warning("accepted and kept in the metadata: %s", self.metadata.history[-1:])
             # the next resume has its own say
-            self.cfg.accept_changes = []
+            self.cfg.accept_changes = ""
         self.saved_version = self.version
         logger.info("resumed %s at update %d", self.cfg.checkpoint_path, self.version)
 

@@ -611,7 +611,7 @@ def mismatch(one: Run, folder: Path, *accepted: str) -> str:
 def test_a_checkpoint_of_another_config_is_refused_and_restores_nothing(fresh, unsealed):
     text = mismatch(fresh, altered(unsealed, config_hash="0" * 64, n_action_steps=9))
     assert text.startswith("metadata of checkpoint and this run differ in config_hash, n_action_steps:\n")
-    assert "--accept_changes='[n_action_steps]'" in text
+    assert "--accept_changes=n_action_steps" in text
 
 
 @pytest.mark.parametrize("name", ["recipe", "policy_type"])
@@ -629,10 +629,10 @@ def test_changes_that_are_named_are_accepted_take_effect_and_stay_in_the_history
     changed = Run(changed.cfg, changed.adapter)
     text = mismatch(changed, saved)
     assert "algorithm.learning_rate" in text
-    assert "--accept_changes='[algorithm.gamma,algorithm.learning_rate]'" in text
+    assert "--accept_changes=algorithm.gamma,algorithm.learning_rate" in text
     text = mismatch(changed, saved, "algorithm.gamma")
     assert "algorithm.gamma  " not in text
-    assert "--accept_changes='[algorithm.gamma,algorithm.learning_rate]'" in text
+    assert "--accept_changes=algorithm.gamma,algorithm.learning_rate" in text
     changed.load(saved, "algorithm.gamma", "algorithm.learning_rate")
     entry = {
         "version": 1,
@@ -640,7 +640,9 @@ def test_changes_that_are_named_are_accepted_take_effect_and_stay_in_the_history
     }
     assert changed.metadata.history == [entry]
     # one of a hundred updates is done
-    assert changed.algorithm.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 * (1 + math.cos(math.pi / 100)))
+    assert changed.algorithm.optimizer.param_groups[0]["lr"] == pytest.approx(
+        1e-5 * (1 + math.cos(math.pi / 100))
+    )
     again = new_run(tmp_path / "again")
     again.cfg.algorithm = changed.cfg.algorithm
     again = Run(again.cfg, again.adapter)

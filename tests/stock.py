@@ -164,6 +164,8 @@ def no_traces(isolation: str) -> Outcome:
 def load(checkpoint: Path) -> Any:
     from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 
+    if not checkpoint.is_dir():  # LeRobot would take it for a name on the Hub
+        raise FileNotFoundError(f"{checkpoint} was not written")
     return XVLAPolicy.from_pretrained(checkpoint, strict=True)
 
 

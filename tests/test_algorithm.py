@@ -4,22 +4,26 @@ import math
 
 import pytest
 import torch
+from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig
 
-from lerobot_pirl.algorithm import PiRLAlgorithm, load_weights
+from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.policies.base import sample_actions
 from lerobot_pirl.policies.xvla import XVLAAdapter
 from lerobot_pirl.rollout import Rollout
+from lerobot_pirl.weights import load_weights
 from tests.toy import tiny_adapter, tiny_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def make_rollout(adapter: XVLAAdapter, lengths=(3, 2, 4), seed=0, last_step_prob=0.5) -> Rollout:
+def make_rollout(
+    adapter: XVLAAdapter, lengths=(3, 2, 4), seed=0, last_step_prob=0.5, noise_scale=1.0
+) -> Rollout:
     """Rows with features of random observations; the first episode succeeds, the others run out of time."""
     rows = sum(lengths)
     generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(rows)]
     features = tiny_features(adapter, rows, seed=seed)
-    sample = sample_actions(adapter, features, last_step_prob, generators)
+    sample = sample_actions(adapter, features, last_step_prob, generators, noise_scale)
     ends = torch.tensor(lengths).cumsum(0) - 1
     rewards = torch.zeros(rows)
     rewards[ends[0]] = 1.0
@@ -220,3 +224,49 @@ def test_weights_round_trip_and_misfits_are_refused():
         load_weights(target.policy, {k: v for k, v in weights.items() if k != first})
     with pytest.raises(ValueError, match="has shape"):
         load_weights(target.policy, weights | {first: torch.zeros(1)})
+
+
+# schedules
+
+
+def test_a_schedule_sets_the_learning_rates_of_every_update():
+    adapter = tiny_adapter(
+        critic_warmup_iterations=0, minibatch_size=16, micro_batch_size=16, value_hidden_dims=(8,)
+    )
+    config = adapter.run_config.algorithm
+    schedule = CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=2)
+    algorithm = PiRLAlgorithm(adapter, config, seed=1, schedule=schedule, steps=6)
+    rates = []
+    for _ in range(4):
+        stats = algorithm.update(iter([make_rollout(adapter)])).to_log_dict()
+        rates.append(stats["learning_rate"] / config.learning_rate)
+    assert rates == pytest.approx([0, 0.5, 1, 0.5 * (1 + math.cos(math.pi / 4))])
+    shares = [group["lr"] / group["initial_lr"] for group in algorithm.optimizer.param_groups]
+    assert shares == pytest.approx([0.5] * 3)
+
+
+def test_without_a_schedule_the_learning_rate_stays():
+    algorithm = make_algorithm()
+    for _ in range(2):
+        stats = algorithm.update(iter([make_rollout(algorithm.adapter)])).to_log_dict()
+        assert stats["learning_rate"] == algorithm.config.learning_rate
+
+
+def test_annealed_noise_shrinks_linearly_and_then_stays():
+    config = make_algorithm(noise_anneal_iterations=4, noise_anneal_to=0.2).config
+    assert [config.noise_scale(version) for version in (0, 1, 2, 4, 9)] == pytest.approx(
+        [1, 0.8, 0.6, 0.2, 0.2]
+    )
+    assert make_algorithm().config.noise_scale(1000) == 1
+
+
+def test_the_update_uses_the_noise_of_the_version_that_acted():
+    algorithm = make_algorithm(noise_anneal_iterations=4, noise_anneal_to=0.5)
+    scale = algorithm.config.noise_scale(2)
+    rollout = make_rollout(algorithm.adapter, noise_scale=scale)
+    rollout.policy_version = 2
+    stats = algorithm.update(iter([rollout])).to_log_dict()
+    assert stats["noise_scale"] == scale == 0.75
+    assert stats["ratio_max_dev_first"] < 1e-4
+    rollout.policy_version = 0
+    assert algorithm.update(iter([rollout])).to_log_dict()["ratio_max_dev_first"] > 0.1

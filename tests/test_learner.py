@@ -3,14 +3,18 @@
 import copy
 import json
 import logging
+import os
 import signal
 
 import pytest
 import torch
 
+from lerobot_pirl import checkpoint
 from lerobot_pirl import learner as learner_module
+from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.launch import RunError
 from lerobot_pirl.learner import Learner
+from lerobot_pirl.restore import CheckpointError
 from lerobot_pirl.wire import Message, decode
 from tests.test_algorithm import make_rollout
 from tests.toy import tiny_config
@@ -171,3 +175,145 @@ def test_curves_that_cannot_be_drawn_do_not_fail_a_run(learner, monkeypatch, cap
     assert learner.version == 2
     assert "no curves were drawn: division by zero" in caplog.text
     assert checkpoints(learner) == ["000002", "last"]
+
+
+# evaluation
+
+
+def evaluated(learner: Learner, success: list[bool], version: int | None = None) -> None:
+    """Hand over an evaluation as an actor would send it."""
+    count = len(success)
+    evaluation = Evaluation(
+        success=torch.tensor(success),
+        rewards=torch.tensor(success).float(),
+        env_steps=torch.full((count,), 7),
+        task_id=torch.arange(count) % 2,
+        init_state_id=torch.arange(count),
+        seconds=0.5,
+    )
+    values, tensors = evaluation.to_tensors()
+    values |= {
+        "config_hash": learner.metadata.config_hash,
+        "session": learner.session,
+        "policy_version": learner.version if version is None else version,
+    }
+    learner.server._service.inbox.put(Message("evaluation", values, tensors))
+
+
+def records(learner: Learner) -> list[dict]:
+    return [json.loads(line) for line in learner.metrics.path.read_text().splitlines()]
+
+
+def test_evaluations_are_asked_for_logged_and_the_best_policy_is_saved(learner):
+    learner.cfg.env_eval_freq, learner.cfg.eval.n_episodes, learner.cfg.steps = 2, 4, 4
+    outcomes = {0: [True, False, False, False], 2: [True, True, False, True], 4: [True, True, False, False]}
+    asked = []
+    publish = learner.publish
+
+    def publish_and_answer() -> None:
+        publish()
+        header = decode(learner.server._service.published).header
+        asked.append((header["policy_version"], header["evaluate"]))
+        if header["evaluate"]:
+            evaluated(learner, outcomes[learner.version])
+        if header["collect"]:
+            deliver(learner)
+
+    learner.publish = publish_and_answer
+    learner.run()
+    assert asked == [(0, 4), (1, 0), (2, 4), (3, 0), (4, 4)]
+    found = [(r["iteration"], r["eval/success_rate"]) for r in records(learner) if "eval/success_rate" in r]
+    assert found == [(0, 0.25), (2, 0.75), (4, 0.5)]
+    assert records(learner)[0]["eval/success_rate_task0"] == 0.5
+    assert learner.progress.best_version == 2
+    assert checkpoints(learner) == ["000000", "000002", "000004", "best", "last"]
+    folder = learner.cfg.output_dir / "checkpoints"
+    assert (os.readlink(folder / "best"), os.readlink(folder / "last")) == ("000002", "000004")
+
+
+def test_a_rollout_that_comes_before_the_evaluation_is_kept(learner):
+    learner.cfg.env_eval_freq = 1
+    deliver(learner)
+    evaluated(learner, [True])
+    learner.evaluate()
+    learner.iterate()
+    assert [record["iteration"] for record in records(learner)] == [0, 1]
+
+
+def test_an_evaluation_of_another_version_is_left_out(learner, caplog):
+    learner.cfg.env_eval_freq = 1
+    evaluated(learner, [True], version=3)
+    evaluated(learner, [False])
+    learner.evaluate()
+    assert records(learner)[0]["eval/success_rate"] == 0.0
+    assert "refused one evaluation: its policy_version is 3, here 0" in caplog.text
+
+
+def test_a_version_is_evaluated_once(learner):
+    learner.cfg.env_eval_freq = 1
+    evaluated(learner, [True])
+    learner.evaluate()
+    learner.evaluate()
+    learner.publish()
+    assert decode(learner.server._service.published).header["evaluate"] == 0
+
+
+def test_a_learner_that_gets_no_evaluation_gives_up_with_a_sentence(learner):
+    learner.cfg.env_eval_freq = 1
+    with pytest.raises(RunError, match="no evaluation for 1 s with 0 actors"):
+        learner.evaluate()
+
+
+# a disk that refuses
+
+
+@pytest.fixture
+def full_disk(learner, monkeypatch):
+    """Let saving fail until the list of what it tried is as long as the test wants it."""
+    tries, save = [], checkpoint.save
+    limit = {"failures": 1}
+
+    def save_or_fail(*args):
+        tries.append(learner.version)
+        if len(tries) <= limit["failures"]:
+            raise CheckpointError("the checkpoint cannot be written (OSError: No space left on device)")
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", save_or_fail)
+    monkeypatch.setattr(learner_module, "RETRY_SAVING_S", 0)
+    return limit, tries
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again_after_the_next_update(learner, full_disk, caplog):
+    _, tries = full_disk
+    learner.cfg.steps, learner.cfg.save_freq = 3, 1
+    for version in range(3):
+        deliver(learner, version=version)
+    learner.run()
+    assert tries == [1, 2, 3]
+    assert checkpoints(learner) == ["000002", "000003", "last"]
+    assert "No space left on device); version None is the last one saved; free space" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_the_last_checkpoint_is_waited_for(learner, full_disk):
+    limit, tries = full_disk
+    limit["failures"] = 4
+    for version in range(2):
+        deliver(learner, version=version)
+    learner.run()
+    assert tries == [2, 2, 2, 2, 2]
+    assert checkpoints(learner) == ["000002", "last"]
+
+
+def test_interrupts_end_the_wait_for_a_last_checkpoint(learner, full_disk, monkeypatch):
+    limit, tries = full_disk
+    limit["failures"] = 10**9
+    monkeypatch.setattr(learner_module.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    for version in range(2):
+        deliver(learner, version=version)
+    with pytest.raises(KeyboardInterrupt):
+        learner.run()
+    assert len(tries) >= 2
+    assert checkpoints(learner) == []
+    assert decode(learner.server._service.last_words).header["ok"] is False

@@ -103,6 +103,42 @@ def test_nothing_is_selected_by_anything_else(stub, monkeypatch, arguments):
     assert hook.selected_recipe(["python", "-m", LEARNER, *arguments]) is None
 
 
+@pytest.fixture
+def run_with_a_lost_config(tmp_path):
+    """A run whose newest checkpoint has lost its config; returns the name of the config."""
+    state = tmp_path / "checkpoints" / "000002" / "training_state"
+    state.mkdir(parents=True)
+    (state / "pirl_metadata.json").write_text('{"recipe": "pi-rl"}')
+    (tmp_path / "checkpoints" / "last").symlink_to("000004")
+    return tmp_path / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
+
+
+def test_a_checkpoint_without_its_config_is_this_packages_to_refuse(run_with_a_lost_config):
+    for path in (run_with_a_lost_config, run_with_a_lost_config.parent):
+        assert hook.selected_recipe([f"--config_path={path}", "--resume=true"]) == "pi-rl"
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "\x00"])
+def test_a_checkpoint_with_a_damaged_config_is_too(run_with_a_lost_config, content):
+    step = run_with_a_lost_config.parent.parent.parent / "000002" / "pretrained_model"
+    step.mkdir()
+    (step / "train_config.json").write_text(content)
+    assert hook.selected_recipe([f"--config_path={step}/train_config.json"]) == "pi-rl"
+
+
+@pytest.mark.parametrize("metadata", ["", "[]", "{}", '{"recipe": 3}'])
+def test_metadata_that_name_no_recipe_select_nothing(run_with_a_lost_config, metadata):
+    state = run_with_a_lost_config.parent.parent.parent / "000002" / "training_state"
+    (state / "pirl_metadata.json").write_text(metadata)
+    assert hook.selected_recipe([f"--config_path={run_with_a_lost_config}"]) is None
+
+
+def test_a_lost_config_of_another_run_is_lerobots(run_with_a_lost_config):
+    state = run_with_a_lost_config.parent.parent.parent / "000002" / "training_state"
+    (state / "pirl_metadata.json").unlink()
+    assert hook.selected_recipe([f"--config_path={run_with_a_lost_config}"]) is None
+
+
 def test_the_command_line_wins_over_the_config(stub, monkeypatch):
     monkeypatch.chdir(stub)
     assert hook.selected_recipe(["--config_path=recipe.json", "--recipe=other"]) == "other"

@@ -1,6 +1,7 @@
 """Checkpoints: LeRobot's layout, exact continuation, refusals that restore nothing."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from lerobot_pirl import checkpoint, folders, registry, restore
 from lerobot_pirl.algorithm import PiRLAlgorithm
-from lerobot_pirl.build import make_adapter
+from lerobot_pirl.build import log_overrides, make_adapter
 from lerobot_pirl.checkpoint import Progress
 from lerobot_pirl.config import PiRLTrainConfig
 from lerobot_pirl.metadata import MetadataMismatch, config_hash, make_metadata
@@ -113,16 +114,19 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
 def new_run(output_dir: Path, dtype: str = "float32") -> Run:
     cfg = tiny_config(**OPTIONS)
     cfg.output_dir, cfg.policy.dtype = output_dir, dtype
+    # as a validated config has it
+    cfg.eval.batch_size = 0
     cfg.scheduler = CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=0)
     torch.manual_seed(0)
     return Run(cfg, XVLAAdapter(XVLAPolicy(cfg.policy), cfg))
 
 
-def resumed_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def resumed_run(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Run:
     """Build what a learner builds for ``--resume=true``, up to the point where it loads the checkpoint."""
     config = folder / "pretrained_model" / "train_config.json"
-    monkeypatch.setattr(sys, "argv", ["learner", f"--config_path={config}", "--resume=true"])
-    cfg = PiRLTrainConfig.from_pretrained(config, cli_args=["--resume=true"])
+    arguments = ["--resume=true", *overrides]
+    monkeypatch.setattr(sys, "argv", ["learner", f"--config_path={config}", *arguments])
+    cfg = PiRLTrainConfig.from_pretrained(config, cli_args=arguments)
     cfg.validate()
     return Run(cfg, make_adapter(cfg))
 
@@ -307,6 +311,35 @@ def test_a_resumed_run_continues_bit_for_bit(dtype, tmp_path, monkeypatch):
     moved = differing(at_save, results[0][1])
     assert any(name.startswith("policy.") for name in moved)
     assert any(name.startswith("optimizer.") for name in moved)
+
+
+def test_overrides_on_the_command_line_win_and_are_logged(saved, monkeypatch, caplog):
+    one = resumed_run(saved, monkeypatch, "--log_freq=7", "--steps=101")
+    with caplog.at_level(logging.INFO):
+        log_overrides(one.cfg)
+    assert (one.cfg.log_freq, one.cfg.steps) == (7, 101)
+    told = {record.message for record in caplog.records}
+    assert told == {
+        "override: log_freq is 7 instead of the checkpoint's 1",
+        "override: steps is 101 instead of the checkpoint's 100",
+    }
+
+
+def test_without_overrides_nothing_is_logged_and_a_moved_run_goes_on_where_it_lies(
+    copy, monkeypatch, caplog, tmp_path
+):
+    one = resumed_run(copy, monkeypatch)
+    with caplog.at_level(logging.INFO):
+        log_overrides(one.cfg)
+    assert [record.message for record in caplog.records] == [
+        f"override: output_dir is {tmp_path} instead of the checkpoint's {stored_config(copy)['output_dir']}"
+    ]
+    one.load(copy)
+    assert one.save(step=2) == tmp_path / "checkpoints" / "000002"
+
+
+def stored_config(folder: Path) -> dict:
+    return read_json(folder / "pretrained_model" / "train_config.json")
 
 
 def test_random_states_go_on_where_they_were(run, tmp_path, monkeypatch):

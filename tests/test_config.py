@@ -679,6 +679,47 @@ def test_a_checkpoint_of_stock_lerobot_is_refused_as_a_resume_with_the_way_to_us
     assert f"--policy.path={checkpoint} instead of --resume=true" in message
 
 
+def test_a_dangling_last_is_refused_with_what_there_is(parse, checkpoint):
+    folder = checkpoint.parent.parent
+    (checkpoint.parent / "training_state" / "pirl_digests.json").touch()
+    (folder / "000001").mkdir()
+    (folder / "last").symlink_to("000004")
+    missing = folder / "last" / "pretrained_model" / "train_config.json"
+    message = refusal(parse, f"--config_path={missing}")
+    assert message == (
+        f"config_path={missing} is wrong: there is no file {missing}, because the link {folder}/last leads to 000004; "
+        f"complete checkpoints in {folder} are 000003"
+    )
+    missing = folder / "000005" / "pretrained_model" / "train_config.json"
+    message = refusal(parse, f"--config_path={missing}")
+    assert message.endswith(f"there is no file {missing}; complete checkpoints in {folder} are 000003")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ({"type": "cosine_decay_with_warmup", "num_warmup_steps": 0, "num_decay_steps": 0, "peak_lr": 1.0,
+          "decay_lr": 0.1}, "ZeroDivisionError"),
+        ({"type": "diffuser", "name": "cosine"}, "'diffuser' cannot be built"),
+        ({"type": "nonsense"}, "scheduler.type='nonsense' is unknown"),
+        ({"type": "constant_with_warmup", "num_warmup_steps": "many"}, "scheduler.num_warmup_steps"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_cannot_be_made_is_refused(scheduler, words):
+    assert words in refused(base(scheduler=scheduler))
+
+
+def test_the_number_of_updates_counts_in_the_hash_of_a_scheduled_run_alone():
+    schedule = {"type": "constant_with_warmup", "num_warmup_steps": 2}
+    assert valid_hash(base(steps=5)) == valid_hash(base(steps=6))
+    assert valid_hash(base(steps=5, scheduler=schedule)) != valid_hash(base(steps=6, scheduler=schedule))
+
+
+def test_accepted_changes_belong_to_a_resume():
+    message = refused(base(accept_changes="algorithm.gamma"))
+    assert message.startswith("accept_changes='algorithm.gamma' does nothing without resume=true")
+
+
 def test_a_resume_of_what_is_no_checkpoint_is_refused(resume, saved_policy):
     assert "is no checkpoint to resume" in refusal(resume, TABLETOP)
     assert "policy.path=" in refusal(resume, TABLETOP, f"--policy.path={saved_policy}")

@@ -70,7 +70,7 @@ class Learner:
         wire = cfg.algorithm.wire
         self.server = LearnerServer(wire.host, wire.port)
         self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
-        self.metrics = MetricsLog(cfg, self.version)
+        self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
         logger.info("metadata %s", one_line(self.metadata.to_dict()))
@@ -97,10 +97,10 @@ class Learner:
             self.metadata,
             [name.strip() for name in self.cfg.accept_changes.split(",") if name.strip()],
         )
-        if self.cfg.accept_changes:
-            logger.warning("accepted and kept in the metadata: %s", self.metadata.history[-1:])
-            # the next resume has its own say
-            self.cfg.accept_changes = ""
+        for entry in self.metadata.history:
+            logger.info("accepted when resuming at update %d: %s", entry["version"], entry["changes"])
+        # the next resume has its own say
+        self.cfg.accept_changes = ""
         self.saved_version = self.version
         logger.info("resumed %s at update %d", self.cfg.checkpoint_path, self.version)
 
@@ -152,9 +152,12 @@ class Learner:
             if progress.best_version >= 0
             else "none",
         )
-        if progress.best_version < 0 or success_rate > progress.best_success_rate:
+        best = progress.best_version < 0 or success_rate > progress.best_success_rate
+        if best:
             progress.best_version, progress.best_success_rate = self.version, success_rate
-            self.save()
+        # a checkpoint of this version may have been written before its evaluation: by an interrupt, or without any
+        if best or self.saved_version == self.version:
+            self.save(again=True)
 
     def iterate(self) -> None:
         """Run one iteration: wait, update, publish, log."""
@@ -197,13 +200,14 @@ class Learner:
         ):
             logger.info(iteration_line(record, self.cfg.steps))
 
-    def save(self) -> bool:
-        """Write a checkpoint of the present version unless it is there already or none is wanted.
+    def save(self, again: bool = False) -> bool:
+        """Write a checkpoint of the present version, unless none is wanted or it is there and not wanted ``again``.
 
         Returns:
             False when it could not be written; training can go on, and the next update tries again.
         """
-        if self.saved_version == self.version or not self.cfg.save_checkpoint:
+        saved = self.saved_version == self.version and not self.unsaved
+        if (saved and not again) or not self.cfg.save_checkpoint:
             return True
         try:
             path = checkpoint.save(self.cfg, self.adapter, self.algorithm, self.metadata, self.progress)

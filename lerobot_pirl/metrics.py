@@ -10,17 +10,18 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+SUCCESS, EVALUATED = "rollout/success_rate", "eval/success_rate"
 
 
 class MetricsLog:
     """Appends one JSON object per iteration and per evaluation."""
 
-    def __init__(self, cfg: Any, iterations_done: int) -> None:
-        """Open the log of a run; records of iterations that a resumed run does again are dropped."""
+    def __init__(self, cfg: Any, iterations_done: int, evaluated_version: int = -1) -> None:
+        """Open the log of a run; records of iterations and evaluations that a resumed run does again are dropped."""
         self.path = Path(cfg.output_dir) / METRICS_FILE
         self.wandb = self._open_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_after(iterations_done)
+        self._drop_after(iterations_done, evaluated_version)
         self._unwritten = ""
 
     @staticmethod
@@ -35,11 +36,17 @@ class MetricsLog:
                 f"pip install 'lerobot[training]', or leave wandb.enable out ({error})"
             ) from error
 
-    def _drop_after(self, iteration: int) -> None:
+    def _drop_after(self, iteration: int, evaluated_version: int) -> None:
         if not self.path.exists():
             return
+
+        def is_done(line: str) -> bool:
+            record = json.loads(line)
+            done = evaluated_version if EVALUATED in record else iteration
+            return record["iteration"] <= done
+
         lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        kept = [line for line in lines if line.endswith("\n") and is_done(line)]
         if kept != lines:
             fresh = self.path.with_suffix(".new")
             fresh.write_text("".join(kept))

@@ -5,12 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lerobot_pirl.metrics import METRICS_FILE
+from lerobot_pirl.metrics import EVALUATED, METRICS_FILE, SUCCESS
 
 CURVE_FILE = "learning_curve.png"
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_BARS = 60
-_SUCCESS, _EVALUATED = "rollout/success_rate", "eval/success_rate"
 _TIMES = ("env", "inference", "update", "transfer")
 
 
@@ -29,7 +28,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"line {number} of {path} is no JSON; remove it and try again") from error
-    if not any(_SUCCESS in record for record in records):
+    if not any(SUCCESS in record for record in records):
         raise ValueError(f"{path} is empty; the run has not finished an iteration yet")
     return records
 
@@ -63,15 +62,15 @@ def plot_run(run_dir: Path) -> Path:
     from matplotlib import pyplot
 
     everything = read_metrics(run_dir)
-    records, evaluations = _holding(everything, _SUCCESS), _holding(everything, _EVALUATED)
+    records, evaluations = _holding(everything, SUCCESS), _holding(everything, EVALUATED)
     iterations = _column(records, "iteration")
-    success = [100 * value for value in _column(records, _SUCCESS)]
+    success = [100 * value for value in _column(records, SUCCESS)]
     figure, (curve, health, times) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
     curve.plot(iterations, success, color="tab:blue", alpha=0.3, label="per iteration")
     window = max(1, len(success) // 10)
     curve.plot(iterations, moving_average(success, window), color="tab:blue", label=f"mean of {window}")
     if evaluations:
-        rates = [100 * value for value in _column(evaluations, _EVALUATED)]
+        rates = [100 * value for value in _column(evaluations, EVALUATED)]
         curve.plot(_column(evaluations, "iteration"), rates, "o-", color="tab:orange", label="without noise")
     curve.set(title="Success of the noisy rollouts", xlabel="policy updates", ylabel="%", ylim=(0, 100))
     curve.legend()
@@ -91,7 +90,7 @@ def plot_run(run_dir: Path) -> Path:
 
 def summary(run_dir: Path) -> str:
     """Return a run's success as one line: first and last tenth in per cent, and the curve between them."""
-    success = _column(_holding(read_metrics(run_dir), _SUCCESS), _SUCCESS)
+    success = _column(_holding(read_metrics(run_dir), SUCCESS), SUCCESS)
     part = max(1, len(success) // 10)
     first, last = sum(success[:part]) / part, sum(success[-part:]) / part
     return f"success {first:.0%} {sparkline(success)} {last:.0%} over {len(success)} updates"

@@ -258,6 +258,18 @@ def test_a_version_is_evaluated_once(learner):
     assert decode(learner.server._service.published).header["evaluate"] == 0
 
 
+@pytest.mark.parametrize("success", [True, False])
+def test_an_evaluation_that_comes_after_the_checkpoint_of_its_version_is_put_into_it(learner, success):
+    learner.cfg.env_eval_freq = 1
+    learner.progress.best_version, learner.progress.best_success_rate = 0, 0.5
+    learner.save()
+    evaluated(learner, [success])
+    learner.evaluate()
+    state = learner.cfg.output_dir / "checkpoints" / "last" / "training_state" / "training_step.json"
+    assert json.loads(state.read_text())["evaluated_version"] == 0
+    assert json.loads(state.read_text())["best_success_rate"] == (1.0 if success else 0.5)
+
+
 def test_a_learner_that_gets_no_evaluation_gives_up_with_a_sentence(learner):
     learner.cfg.env_eval_freq = 1
     with pytest.raises(RunError, match="no evaluation for 1 s with 0 actors"):

@@ -120,9 +120,9 @@ class Terminal:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, pattern: str) -> str:
+    def wait_for(self, pattern: str, timeout: float = TIMEOUT_S) -> str:
         """Return the first match of a pattern in the output, once it is there."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             # asked before the text is read: what a process writes last must not be missed
             ended = self.process.poll()
@@ -132,10 +132,10 @@ class Terminal:
             time.sleep(0.05)
         raise AssertionError(f"{pattern!r} did not appear in:\n{self.text()[-3000:]}")
 
-    def status(self) -> int:
+    def status(self, timeout: float = TIMEOUT_S) -> int:
         """Return the exit status once the process has ended."""
         try:
-            return self.process.wait(TIMEOUT_S)
+            return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running:\n{self.text()[-3000:]}") from None
 

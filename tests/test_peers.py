@@ -17,6 +17,8 @@ from tests.terminals import Run, Terminal, end_well, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+# a refusal takes two seconds; one that does not come is many tests' patience
+REFUSAL_S = 60
 # what may differ: where a config lies, whose run it is, what it accepted before; the config is judged by its hash
 NOT_JUDGED = ("config_path", "run_id", "history", "config")
 FIELDS = [each.name for each in dataclasses.fields(Metadata) if each.name not in NOT_JUDGED]
@@ -101,7 +103,9 @@ def assert_refusal(
 
 def since(terminal: Terminal, start: int) -> str:
     """Return what a learner logs about a refusal from some length of its log on, and see that it lives."""
-    text = terminal.wait_for(rf"(?s)(?<=\A.{{{start}}}).*an actor refused this learner.*What to do: .+\n")
+    text = terminal.wait_for(
+        rf"(?s)(?<=\A.{{{start}}}).*an actor refused this learner.*What to do: .+\n", REFUSAL_S
+    )
     assert terminal.process.poll() is None
     return text
 
@@ -156,7 +160,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
 def test_an_actor_that_differs_in_one_field_refuses_the_learner(waiting, field):
     logged = len(waiting.learner.text())
     actor = waiting.start("actor", different=(field,))
-    assert actor.status() == 1
+    assert actor.status(REFUSAL_S) == 1
     honest = own_metadata(waiting.learner)
     assert_refusal(actor.text(), ("learner", "actor"), field, honest, changed_side=1)
     assert_refusal(since(waiting.learner, logged), ("learner", "actor"), field, honest, changed_side=1)
@@ -166,7 +170,7 @@ def test_an_actor_that_differs_in_one_field_refuses_the_learner(waiting, field):
 def test_an_actor_started_with_another_option_refuses_the_learner(waiting, option):
     logged = len(waiting.learner.text())
     actor = waiting.start("actor", f"--{option}")
-    assert actor.status() == 1
+    assert actor.status(REFUSAL_S) == 1
     refusal = read_refusal(actor.text())
     assert refusal.sides == ("learner", "actor")
     assert sorted(refusal.differing) == sorted(["config_hash", *OPTIONS[option]])
@@ -186,7 +190,7 @@ def test_an_actor_started_with_another_option_refuses_the_learner(waiting, optio
 def test_a_learner_that_differs_in_one_field_refuses_the_checkpoint_and_leaves_it_alone(finished, field):
     before = snapshot(finished.output_dir)
     learner = finished.resume("learner", "--steps=2", different=(field,))
-    assert learner.status() == 1
+    assert learner.status(REFUSAL_S) == 1
     honest = own_metadata(finished.learner)
     assert_refusal(learner.text(), ("checkpoint", "this run"), field, honest, changed_side=1)
     assert snapshot(finished.output_dir) == before
@@ -195,7 +199,7 @@ def test_a_learner_that_differs_in_one_field_refuses_the_checkpoint_and_leaves_i
 def test_a_learner_resumed_with_another_option_refuses_the_checkpoint(finished):
     before = snapshot(finished.output_dir)
     learner = finished.resume("learner", "--steps=2", "--algorithm.gamma=0.9")
-    assert learner.status() == 1
+    assert learner.status(REFUSAL_S) == 1
     refusal = read_refusal(learner.text())
     assert (refusal.sides, refusal.differing) == (("checkpoint", "this run"), ["config_hash"])
     assert refusal.rows["config_hash"][0] == own_metadata(finished.learner)["config_hash"]
@@ -218,7 +222,7 @@ def train_and_lose_the_learner(run: Run) -> tuple[Terminal, Terminal]:
 def test_a_living_actor_refuses_a_restarted_learner_that_differs_in_one_field(run, field):
     killed, actor = train_and_lose_the_learner(run)
     learner = run.start("learner", f"--output_dir={run.folder / 'restarted'}", different=(field,))
-    assert actor.status() == 1
+    assert actor.status(REFUSAL_S) == 1
     honest = own_metadata(killed)
     assert_refusal(actor.text(), ("learner", "actor"), field, honest, changed_side=0)
     assert_refusal(since(learner, 0), ("learner", "actor"), field, honest, changed_side=0)
@@ -231,7 +235,7 @@ def test_a_living_actor_refuses_a_learner_resumed_from_another_run(nursery, run,
         killed, actor = train_and_lose_the_learner(run)
         other.port = run.port
         learner = other.resume("learner", "--steps=100000")
-        assert actor.status() == 1
+        assert actor.status(REFUSAL_S) == 1
         refusal = read_refusal(actor.text())
         assert (refusal.sides, refusal.differing) == (("learner", "actor"), ["config_hash"])
         hashes = own_metadata(learner)["config_hash"], own_metadata(killed)["config_hash"]

@@ -8,7 +8,6 @@ exits with status 0 only when every check passed. Without a usable LIBERO the ch
 the evaluation is left out, which is called a fallback. The tiny config names its tokenizer by a folder of the clone,
 so that all commands run in the clone, and Python is kept from importing what lies there.
 """
-# ruff: noqa: T201
 
 import argparse
 import json

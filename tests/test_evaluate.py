@@ -19,6 +19,7 @@ from lerobot_pirl.envs import make_chunk_envs
 from lerobot_pirl.evaluate import Evaluation, evaluate, evaluation_episode, evaluation_specs
 from lerobot_pirl.policies.base import native_actions
 from lerobot_pirl.policies.xvla import GRIPPER
+from lerobot_pirl.rollout import derive_seed
 from lerobot_pirl.wire import Message, decode, encode
 from tests.installs import REPO, check_run
 from tests.test_collector import LIMIT, GoalAdapter, assert_equal, logged_envs, specs
@@ -165,6 +166,12 @@ def test_seeds_differ_between_episodes_and_runs():
     episodes = [evaluation_episode(seed, spec) for seed in range(3) for spec in specs(0, 1, 2)]
     assert len({episode.seed for episode in episodes}) == 9
     assert all(episode.generator.initial_seed() == episode.seed for episode in episodes)
+
+
+def test_seeds_are_not_those_that_any_policy_version_collects_with():
+    evaluations = {evaluation_episode(7, spec).seed for spec in specs(*range(20))}
+    collections = {derive_seed(7, version, number) for version in range(100) for number in range(20)}
+    assert not evaluations & (collections | {derive_seed(7, number) for number in range(20)})
 
 
 def test_global_generators_are_neither_read_nor_moved():

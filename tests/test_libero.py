@@ -4,14 +4,21 @@ import os
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from lerobot.envs.configs import LiberoEnv as LiberoConfig
 
+from lerobot_pirl.build import make_adapter
+from lerobot_pirl.collector import Collector, Episode, EpisodeSpec
+from lerobot_pirl.config import PiRLTrainConfig
 from lerobot_pirl.envs import TabletopTask, make_chunk_envs, num_init_states, task_description, task_ids
 from lerobot_pirl.envs.check import check_libero, rendered_frame
 from lerobot_pirl.envs.chunk import _make_slot
 from lerobot_pirl.envs.libero import selected_tasks
+from lerobot_pirl.evaluate import Evaluation, evaluate
+from tests.toy import CONFIGS
 
 pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
 
@@ -165,6 +172,49 @@ def test_soft_reset_is_the_same(fast, stock, monkeypatch):
     actions = wandering_actions(ours, CHUNK)
     assert_same(fast.step(actions)[0], step_singly(stock, actions)[0])
     np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+
+
+def test_evaluation_moves_as_lerobots_rollout_does(stock, monkeypatch):
+    """The policy of the smoke run, untrained, for four chunks: actions, robot and physics, to the last bit."""
+    from lerobot.scripts.lerobot_eval import rollout
+
+    cfg = PiRLTrainConfig.from_pretrained(CONFIGS / "pirl_libero10_smoke.json", cli_args=[])
+    limit = cfg.algorithm.max_episode_steps
+    with torch.random.fork_rng():
+        adapter = make_adapter(cfg)
+        state = torch.get_rng_state()
+        monkeypatch.setattr(stock, "_max_episode_steps", limit)
+        stock.init_state_id = 5
+        pipelines = adapter.processors
+        result = rollout(
+            gym.vector.SyncVectorEnv([lambda: stock], autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP),
+            adapter.policy,
+            pipelines.env_pre,
+            pipelines.env_post,
+            pipelines.policy_pre,
+            pipelines.policy_post,
+            seeds=[3],
+        )
+    theirs = result["action"][0].numpy()
+
+    def replay(state: torch.Tensor) -> tuple[np.ndarray, Evaluation]:
+        generator, actions, step = torch.Generator(), [], envs.step
+        generator.set_state(state)
+        monkeypatch.setattr(envs, "step", lambda chunk: actions.append(np.array(chunk)) or step(chunk))
+        collector = Collector(envs, adapter, 0.5, 7)
+        evaluation = evaluate(collector, [EpisodeSpec(0, TASK, 5)], lambda spec: Episode(spec, 3, generator))
+        return np.concatenate(actions, axis=1)[0], evaluation
+
+    envs = make_chunk_envs(cfg.env, 1, adapter.n_action_steps, limit)
+    try:
+        ours, evaluation = replay(state)
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(physics_of(envs.envs[0]), physics_of(stock))
+        assert evaluation.env_steps.tolist() == [len(theirs)] == [limit]
+        assert evaluation.success.tolist() == result["success"].any(dim=1).tolist()
+        assert not np.array_equal(replay(torch.Generator().manual_seed(4).get_state())[0], theirs)
+    finally:
+        envs.close()
 
 
 # --- speed without difference ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from tests.toy import read_json
 
 pytestmark = pytest.mark.e2e
 
-# enough for every test here unless the machine is very busy; then the reference goes on
+# enough for every test here unless the machine is very busy; then there is a longer reference
 UPDATES = 8
+EVALUATION = ("--env_eval_freq=2", "--eval.n_episodes=2", "--eval.batch_size=1")
+# less noise from update to update
+ANNEALING = ("--algorithm.noise_anneal_iterations=4", "--algorithm.noise_anneal_to=0.5")
+OPTIONS = (*SMALL, *ANNEALING, *EVALUATION)
 TENSORS = {
     "policy": "pretrained_model/model.safetensors",
     "value head": "algorithm/model.safetensors",
@@ -27,40 +32,46 @@ TENSORS = {
 
 
 class InOneGo:
-    """A run that was never stopped, and every checkpoint of it."""
+    """A run that is never stopped, with a checkpoint of every update."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.terminals = run.start_both(f"--steps={UPDATES}", "--save_freq=1")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs: list[Run] = []
+        self._start(UPDATES)
 
-    def differences(self, other: Run, step: int) -> list[str]:
-        """Return in what another run's checkpoint and metrics differ from this run's at the same step."""
+    def _start(self, updates: int) -> None:
+        folder = self.folder / str(updates)
+        folder.mkdir()
+        self.updates, self.run = updates, Run(folder, options=OPTIONS)
+        self.runs.append(self.run)
+        self.terminals = self.run.start_both(f"--steps={updates}", "--save_freq=1")
+
+    def reaching(self, step: int) -> Run:
+        """Return the run once it has ended, or a longer one if that did not reach the step."""
+        if step > self.updates:
+            self._start(step)
         end_well(*self.terminals)
-        if step > UPDATES:
-            return self._longer(other, step)
-        ours = [record for record in self.run.metrics() if record["iteration"] <= step]
-        return checkpoint_differences(
-            self.run.checkpoint(step), other.checkpoint(step)
-        ) + metrics_differences(ours, other.metrics())
+        return self.run
 
-    def _longer(self, other: Run, step: int) -> list[str]:
-        (self.run.folder / f"to{step}").mkdir()
-        with running(Run(self.run.folder / f"to{step}")) as run:
-            end_well(*run.start_both(f"--steps={step}"))
-            return checkpoint_differences(run.checkpoint(step), other.checkpoint(step)) + metrics_differences(
-                run.metrics(), other.metrics()
-            )
+
+def differences(left: Run, right: Run, step: int) -> list[str]:
+    """Return in what two runs' checkpoints of a step differ, and their metrics up to it."""
+    found = checkpoint_differences(left.checkpoint(step), right.checkpoint(step))
+    logs = [[record for record in run.metrics() if record["iteration"] <= step] for run in (left, right)]
+    return found + metrics_differences(*logs)
 
 
 @pytest.fixture(scope="module")
 def in_one_go(tmp_path_factory):
-    with running(Run(tmp_path_factory.mktemp("in_one_go"))) as run:
-        yield InOneGo(run)
+    reference = InOneGo(tmp_path_factory.mktemp("in_one_go"))
+    yield reference
+    for run in reference.runs:
+        run.kill_all()
 
 
 @pytest.fixture
 def run(tmp_path):
-    with running(Run(tmp_path)) as run:
+    with running(Run(tmp_path, options=OPTIONS)) as run:
         yield run
 
 
@@ -68,7 +79,12 @@ def test_two_updates_and_two_more_are_four(in_one_go, run):
     end_well(*run.start_both("--steps=2"))
     assert run.last_step() == 2
     end_well(*run.resume_both("--steps=4"))
-    assert in_one_go.differences(run, 4) == []
+    whole = in_one_go.reaching(4)
+    assert differences(whole, run, 4) == []
+    noise = [record["train/noise_scale"] for record in whole.metrics() if "train/noise_scale" in record]
+    assert noise[:5] == [1.0, 0.875, 0.75, 0.625, 0.5]
+    evaluated = [record["iteration"] for record in whole.metrics() if "eval/success_rate" in record]
+    assert evaluated == list(range(0, UPDATES + 1, 2))
 
 
 def test_ctrl_c_anywhere_loses_nothing(in_one_go, run):
@@ -78,30 +94,42 @@ def test_ctrl_c_anywhere_loses_nothing(in_one_go, run):
     assert (learner.status(), actor.status()) == (130, 1)
     done = run.last_step()
     end_well(*run.resume_both(f"--steps={done + 1}"))
-    assert in_one_go.differences(run, done + 1) == []
+    assert differences(in_one_go.reaching(done + 1), run, done + 1) == []
 
 
-def test_a_learner_killed_at_once_goes_on_with_the_same_actor_from_its_last_checkpoint(in_one_go, run):
-    learner, actor = run.start_both("--steps=100000", "--save_freq=1")
-    actor.wait_for("policy version 2 applied")
-    learner.kill()
-    done = run.last_step()
-    end_well(run.resume("learner", f"--steps={done + 2}"), actor)
-    assert in_one_go.differences(run, done + 2) == []
+def test_a_killed_learner_goes_on_within_its_schedule_and_with_the_same_actor(run, tmp_path):
+    """A schedule belongs to a number of updates, so none is reached here: both runs are interrupted in the end."""
+    schedule = ("--scheduler.type=cosine_annealing_with_warmup", "--scheduler.num_warmup_steps=50")
+    options = ("--steps=100000", "--save_freq=1", *schedule)
+    (tmp_path / "whole").mkdir()
+    with running(Run(tmp_path / "whole", options=OPTIONS)) as whole:
+        first, its_actor = whole.start_both(*options)
+        killed, actor = run.start_both(*options)
+        actor.wait_for("policy version 2 applied")
+        killed.kill()
+        end = run.last_step() + 2
+        learner = run.resume("learner")
+        for which, until in ((learner, actor), (first, its_actor)):
+            until.wait_for(f"policy version {end + 1} applied")
+            which.interrupt()
+            assert (which.status(), until.status()) == (130, 1)
+        assert differences(whole, run, end) == []
+        rates = [record["train/learning_rate"] for record in run.metrics() if "train/learning_rate" in record]
+        assert all(before < after for before, after in zip(rates[:end], rates[1:end], strict=False))
 
 
 def test_another_seed_ends_elsewhere(in_one_go, run):
     end_well(*run.start_both("--steps=2", "--seed=1001"))
-    found = in_one_go.differences(run, 2)
+    found = differences(in_one_go.reaching(2), run, 2)
     for name in TENSORS.values():
         assert any(line.startswith(f"{name}: ") for line in found), name
-    assert any(line.startswith("metrics.jsonl record 1: train/value_loss") for line in found)
+    assert any(re.match(r"metrics.jsonl record \d+: train/value_loss: ", line) for line in found)
 
 
 def test_the_reference_learns_between_the_checkpoints_that_are_compared(in_one_go):
-    end_well(*in_one_go.terminals)
+    whole = in_one_go.reaching(4)
     for what in ("policy", "value head", "optimiser"):
-        first, second = (load_file(in_one_go.run.checkpoint(step) / TENSORS[what]) for step in (2, 4))
+        first, second = (load_file(whole.checkpoint(step) / TENSORS[what]) for step in (2, 4))
         assert not torch.equal(_flat(first), _flat(second)), what
 
 
@@ -135,15 +163,14 @@ def _change_json(path: Path, *keys: str | int) -> str:
 CHANGES = {
     **dict.fromkeys(TENSORS.values(), (_change_tensor,)),
     "training_state/optimizer_param_groups.json": (_change_json, 1, "lr"),
-    "training_state/training_step.json": (_change_json, "env_steps"),
+    "training_state/training_step.json": (_change_json, "best_success_rate"),
     "pretrained_model/train_config.json": (_change_json, "algorithm", "gamma"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_comparison_names_the_one_thing_that_differs(in_one_go, tmp_path, name):
-    end_well(*in_one_go.terminals)
-    original, copy = in_one_go.run.checkpoint(2), tmp_path / "copy"
+    original, copy = in_one_go.reaching(2).checkpoint(2), tmp_path / "copy"
     shutil.copytree(original, copy)
     assert checkpoint_differences(original, copy) == []
     change, *arguments = CHANGES[name]
@@ -157,8 +184,7 @@ def test_the_comparison_names_the_one_thing_that_differs(in_one_go, tmp_path, na
 
 
 def test_the_comparison_names_files_and_records_that_one_side_lacks(in_one_go, tmp_path):
-    end_well(*in_one_go.terminals)
-    original, copy = in_one_go.run.checkpoint(2), tmp_path / "copy"
+    original, copy = in_one_go.reaching(2).checkpoint(2), tmp_path / "copy"
     shutil.copytree(original, copy)
     (copy / "training_state/training_step.json").unlink()
     (copy / "more.txt").write_text("more")
@@ -179,7 +205,8 @@ def test_two_updates_and_one_more_are_three_on_the_real_simulator(tmp_path):
     for what, well, detail in check_libero():
         if not well:
             pytest.skip(f"{what}: {detail}")
-    options = ("--algorithm.max_episode_steps=20", *(o for o in SMALL if o.startswith("--policy")))
+    small_policy = (option for option in SMALL if option.startswith("--policy"))
+    options = ("--algorithm.max_episode_steps=20", *small_policy, *EVALUATION)
     runs = []
     for name in ("in_one_go", "resumed"):
         (tmp_path / name).mkdir()
@@ -189,5 +216,4 @@ def test_two_updates_and_one_more_are_three_on_the_real_simulator(tmp_path):
         end_well(*run.start_both("--steps=2"))
         end_well(*run.resume_both("--steps=3"))
         end_well(*together)
-        assert checkpoint_differences(whole.checkpoint(3), run.checkpoint(3)) == []
-        assert metrics_differences(whole.metrics(), run.metrics()) == []
+        assert differences(whole, run, 3) == []

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,16 +23,20 @@ def new_folder(final: Path) -> Iterator[Path]:
     A failure removes it. A folder of the same name is replaced; ``last`` and ``best`` lead to a whole folder at
     every instant.
     """
-    _remove_leftovers(final.parent)
+    parent = final.parent
     partial = _hidden(final, _PARTIAL)
+    _clean_up(parent)
     try:
         partial.mkdir(parents=True)
         yield partial
         write_digests(partial)
-        _sync(*partial.rglob("*"), partial)
+        _sync_tree(partial)
         _put(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        # what cannot be put back now is put back by the next call
+        with contextlib.suppress(OSError):
+            _clean_up(parent)
         raise
 
 
@@ -49,23 +54,28 @@ def _sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
+def _sync_tree(folder: Path) -> None:
+    _sync(*folder.rglob("*"), folder)
+
+
 def _put(partial: Path, final: Path) -> None:
-    if not final.exists():
-        partial.rename(final)
-        _sync(final.parent)
-        return
-    # for the instant in which nobody has the name, links lead to a copy
-    former = _hidden(final, _FORMER)
-    linked = [name for name in (LAST, BEST) if link_target(final.parent, name) == final.name]
-    if linked and not former.exists():
-        shutil.copytree(final, former, copy_function=_hard_link)
-    for name in linked:
-        point(name, former)
-    final.rename(_hidden(final, _GONE))
+    parent = final.parent
+    if final.exists():
+        # for the instant in which nobody has the name, links lead to a copy
+        linked = [name for name in (LAST, BEST) if link_target(parent, name) == final.name]
+        if linked:
+            _copy(final, _hidden(final, _FORMER))
+        for name in linked:
+            point(name, _hidden(final, _FORMER))
+        final.rename(_hidden(final, _GONE))
     partial.rename(final)
-    for name in linked:
-        point(name, final)
-    _remove_leftovers(final.parent)
+    _sync(parent)
+    _clean_up(parent)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    shutil.copytree(folder, target, copy_function=_hard_link)
+    _sync_tree(target)
 
 
 def _hard_link(source: str, target: str) -> None:
@@ -76,13 +86,31 @@ def _hard_link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _remove_leftovers(parent: Path) -> None:
-    """Remove what a killed process left behind, but for what a link still leads to."""
-    linked = {link_target(parent, name) for name in (LAST, BEST)}
-    for role in (_PARTIAL, _FORMER, _GONE):
+def _clean_up(parent: Path) -> None:
+    """Let links lead to folders under their own names again, and remove what a killed process left behind."""
+    _remove_hidden(parent, _PARTIAL, _GONE)
+    for name in (LAST, BEST):
+        _fresh_link(parent, name).unlink(missing_ok=True)
+        former = re.fullmatch(rf"\.(.+)\.{_FORMER}", link_target(parent, name) or "")
+        if former and (parent / former[0]).is_dir():
+            folder = parent / former[1]
+            if not folder.exists():
+                # killed before the new folder had the name: the former one gets it back
+                again = _hidden(folder, _PARTIAL)
+                _copy(parent / former[0], again)
+                again.rename(folder)
+            point(name, folder)
+    _remove_hidden(parent, _FORMER)
+
+
+def _remove_hidden(parent: Path, *roles: str) -> None:
+    for role in roles:
         for leftover in parent.glob(f".*.{role}"):
-            if leftover.name not in linked:
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fresh_link(parent: Path, name: str) -> Path:
+    return parent / f".{name}.new"
 
 
 def link_target(parent: Path, name: str) -> str | None:
@@ -95,7 +123,7 @@ def link_target(parent: Path, name: str) -> str | None:
 
 def point(name: str, folder: Path) -> None:
     """Let the link ``name`` beside ``folder`` lead to it, in one step; it is relative and survives a move."""
-    fresh = folder.with_name(f".{name}.new")
+    fresh = _fresh_link(folder.parent, name)
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.name)
     fresh.replace(folder.with_name(name))
@@ -103,9 +131,14 @@ def point(name: str, folder: Path) -> None:
 
 
 def complete(parent: Path) -> list[Path]:
-    """Return the complete folders in ``parent`` in the order of their steps, which are their names."""
+    """Return the complete folders in ``parent`` in the order of their steps, which are their names.
+
+    A folder of another name is somebody's copy.
+    """
     found = [
-        path for path in parent.glob("[!.]*") if not path.is_symlink() and (path / DIGESTS_FILE).is_file()
+        path
+        for path in parent.glob("[0-9]*")
+        if path.name.isdecimal() and not path.is_symlink() and (path / DIGESTS_FILE).is_file()
     ]
     return sorted(found, key=_by_step)
 
@@ -155,7 +188,7 @@ def verify(folder: Path, part: str = "") -> None:
     """Compare the files of a folder, or of one ``part`` of it, with their digests.
 
     Raises:
-        ValueError: one sentence that names the first file that is missing or not as it was written.
+        ValueError: one sentence that names the first file that is missing, unreadable or not as it was written.
     """
     path = folder / DIGESTS_FILE
     try:
@@ -169,7 +202,10 @@ def verify(folder: Path, part: str = "") -> None:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        found = _digest(file)
+        try:
+            found = _digest(file)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
         if found != expected:
             raise ValueError(
                 f"{file} is not as it was saved: its SHA-256 is {found[:12]}..., {path.name} says {expected[:12]}..."

@@ -2,19 +2,31 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import Any
 
+import draccus
 import pytest
 import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
+from lerobot_pirl import registry
 from lerobot_pirl.config import PiRLTrainConfig
 from lerobot_pirl.metadata import (
+    NEVER_ACCEPTED,
     Metadata,
     MetadataMismatch,
+    accept_changes,
     config_hash,
+    critical_config,
+    flat_options,
     frozen_digest,
     make_metadata,
     one_line,
@@ -22,6 +34,8 @@ from lerobot_pirl.metadata import (
     validate_metadata,
 )
 from lerobot_pirl.options import PiRLConfig, WireConfig
+from lerobot_pirl.parsing import read_config_file
+from tests.installs import fake_distribution, write_files
 from tests.toy import CONFIGS, tiny_config
 
 CONFIG = CONFIGS / "pirl_tabletop.json"
@@ -165,6 +179,103 @@ def test_a_peer_without_metadata_differs_in_everything_that_is_judged():
     assert title == f"metadata of learner and actor differ in {', '.join(JUDGED)}:"
 
 
+def test_additional_fields_stand_beside_the_others_and_are_judged_by_their_full_name():
+    metadata = replace(METADATA, additional={"pi-rl.lab.gravity": 9.81, "pi-rl.lab.floor": None})
+    assert metadata.to_dict() == VALUES | {"pi-rl.lab.gravity": 9.81, "pi-rl.lab.floor": None}
+    lines = mismatch(metadata.to_dict(), metadata.to_dict() | {"pi-rl.lab.gravity": 1.62})
+    assert lines[0] == "metadata of learner and actor differ in pi-rl.lab.gravity:"
+    assert lines[2].split() == ["pi-rl.lab.gravity", "1.62", "9.81"]
+    assert lines[-1] == "What to do: install the same package with validator 'pi-rl.lab' on both sides."
+
+
+# changes that the user accepts
+
+THEIRS = VALUES | {
+    "config_hash": "old",
+    "n_action_steps": 9,
+    "config": {"seed": 1, "algorithm": {"gamma": 0.9, "betas": [0.9, 0.95], "former": 3}},
+}
+MINE = VALUES | {
+    "config": {"seed": 1, "algorithm": {"gamma": 0.99, "betas": [0.9, 0.95]}, "env": {"fps": 20}}
+}
+OPTIONS = {"algorithm.gamma": [0.9, 0.99], "algorithm.former": [3, None], "env.fps": [None, 20]}
+
+
+def test_accepted_fields_and_options_become_this_runs_and_are_listed_with_both_values():
+    before = copy.deepcopy((MINE, THEIRS))
+    accepted, changes = accept_changes(MINE, THEIRS, ["n_action_steps", "algorithm.gamma"])
+    assert changes == {"n_action_steps": [9, 10], "algorithm.gamma": [0.9, 0.99]}
+    assert accepted["n_action_steps"] == 10
+    assert flat_options(accepted["config"])["algorithm.gamma"] == 0.99
+    assert flat_options(accepted["config"])["algorithm.former"] == 3
+    assert before == (MINE, THEIRS)
+
+
+def test_the_configs_hash_follows_once_no_option_is_left_that_differs():
+    for left_out in OPTIONS:
+        accepted, _ = accept_changes(MINE, THEIRS, [name for name in OPTIONS if name != left_out])
+        assert accepted["config_hash"] == "old"
+        rows = mismatch(MINE, accepted)
+        assert any(row.startswith(f"{left_out} ") for row in rows)
+        assert not any(row.startswith(f"{name} ") for name in OPTIONS if name != left_out for row in rows)
+    accepted, changes = accept_changes(MINE, THEIRS, OPTIONS)
+    assert accepted["config_hash"] == MINE["config_hash"]
+    # an option that one side lacks has no value there
+    assert changes == OPTIONS
+    assert mismatch(MINE, accepted)[0] == "metadata of learner and actor differ in n_action_steps:"
+    accepted, _ = accept_changes(MINE, THEIRS, [*OPTIONS, "n_action_steps"])
+    validate_metadata(MINE, accepted, "actor", "learner")
+
+
+def test_a_hash_that_differs_by_itself_is_accepted_by_no_name():
+    """Equal options with another hash are not what they say they are."""
+    forged = MINE | {"config_hash": "forged"}
+    accepted, changes = accept_changes(MINE, forged, ["algorithm.gamma"])
+    assert (accepted["config_hash"], changes) == ("forged", {})
+
+
+def test_a_field_that_one_side_lacks_can_be_accepted():
+    lab = {"pi-rl.lab.gravity": 9.81}
+    for mine, theirs, change in [(MINE | lab, MINE, [None, 9.81]), (MINE, MINE | lab, [9.81, None])]:
+        accepted, changes = accept_changes(mine, theirs, ["pi-rl.lab.gravity"])
+        assert changes == {"pi-rl.lab.gravity": change}
+        validate_metadata(mine, accepted, "actor", "learner")
+
+
+def test_naming_what_does_not_differ_changes_nothing():
+    accepted, changes = accept_changes(MINE, THEIRS, ["seed", "variant", "algorithm.betas"])
+    assert changes == {}
+    with pytest.raises(MetadataMismatch) as caught:
+        validate_metadata(MINE, accepted, "actor", "learner")
+    assert set(caught.value.names) == {"n_action_steps", *OPTIONS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *NEVER_ACCEPTED,
+        *SHOWN_ONLY,
+        "config_hash",
+        "additional",
+        "gamma",
+        "algorithm",
+        "algorithm.gamma.x",
+        "",
+    ],
+)
+def test_a_name_that_no_table_shows_or_no_flag_can_change_is_refused(name):
+    with pytest.raises(
+        ValueError, match=f"^accept_changes='{name}' is not allowed; .* {NEVER_ACCEPTED[-1]}$"
+    ):
+        accept_changes(MINE, THEIRS, [name])
+
+
+def test_a_recipe_is_not_accepted_by_the_option_of_that_name():
+    theirs = THEIRS | {"config": THEIRS["config"] | {"recipe": "other"}}
+    with pytest.raises(ValueError, match="accept_changes='recipe' is not allowed"):
+        accept_changes(MINE, theirs, ["recipe"])
+
+
 # the hash of a config
 
 
@@ -253,6 +364,105 @@ def test_what_the_recipe_overrules_in_the_policys_config_is_not_in_the_hash(name
     assert hash_with(base, name, 2) == config_hash(base)
 
 
+def other(value: Any) -> Any:
+    """Return another value of a kind."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case NormalizationMode():
+            return next(mode for mode in NormalizationMode if mode != value)
+        case PolicyFeature():
+            return PolicyFeature(FeatureType.STATE, (*value.shape, 1))
+        case dict() if value:
+            return value | {next(iter(value)): other(next(iter(value.values())))}
+        case dict():
+            return {"added": "added"}
+        case list() | tuple():
+            return type(value)([*value, *value[-1:]])
+        case None:
+            return 3
+        case _:
+            return f"{value}-other"
+
+
+def fields_of(cfg: PiRLTrainConfig, group: str) -> set[str]:
+    return {each.name for each in fields(getattr(cfg, group))}
+
+
+def test_every_option_of_policy_and_environment_counts_but_for_those_of_a_process(base):
+    """What draccus encodes as a string or leaves out must not hide a change of it."""
+    reference = config_hash(base)
+    for group in ("policy", "env"):
+        counted = set(critical_config(base)[group])
+        for name in fields_of(base, group):
+            hashed = hash_with(base, f"{group}.{name}", other(getattr(getattr(base, group), name)))
+            assert (hashed != reference) == (name in counted), f"{group}.{name}"
+
+
+def test_the_options_of_the_policy_that_do_not_count(base):
+    left_out = fields_of(base, "policy") - set(critical_config(base)["policy"])
+    supervised = {name for name in left_out if name.startswith(("optimizer_", "scheduler_"))}
+    assert supervised
+    assert left_out - supervised == {
+        *("device", "push_to_hub", "repo_id", "private", "tags", "license", "use_peft"),
+        *("pretrained_path", "pretrained_revision", "tokenizer_name"),
+        *("num_denoising_steps", "n_action_steps", "freeze_vision_encoder", "freeze_language_encoder"),
+    }
+    assert fields_of(base, "env") <= set(critical_config(base)["env"])
+
+
+def test_every_option_of_a_schedule_counts_and_so_does_its_kind(base):
+    schedule = CosineDecayWithWarmupSchedulerConfig(
+        num_warmup_steps=1, num_decay_steps=10, peak_lr=1e-5, decay_lr=1e-6
+    )
+    schedules = [None, schedule, ConstantWithWarmupSchedulerConfig(num_warmup_steps=1)]
+    schedules += [
+        replace(schedule, **{each.name: other(getattr(schedule, each.name))}) for each in fields(schedule)
+    ]
+    hashes = {hash_with(base, "scheduler", each) for each in schedules}
+    assert len(hashes) == len(schedules) == 7
+
+
+def spellings(number: float) -> list[str]:
+    """Return ways to write a number; PyYAML takes those without a point for a text."""
+    texts = {repr(number), f"{number:.12f}", f"{number:.1e}", f"{number:.1E}", f"{number:.0e}"}
+    return sorted(text for text in texts if float(text) == number)
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_json_and_yaml_in_any_spelling_are_one_config(data, base, tmp_path):
+    raw = json.loads(CONFIG.read_text())
+    raw["algorithm"] |= {"learning_rate": 1e-4, "gamma": 0.5, "gae_lambda": 1.0, "betas": [0.5, 0.9]}
+    expected = config_hash(draccus.decode(PiRLTrainConfig, copy.deepcopy(raw)))
+    assert expected != config_hash(base)
+
+    def write(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(map(write, value))}]"
+        return data.draw(st.sampled_from(spellings(value))) if isinstance(value, float) else json.dumps(value)
+
+    suffix = data.draw(st.sampled_from(["json", "yaml", "yml"]))
+    keys = data.draw(st.permutations(list(raw["algorithm"])))
+    algorithm = {key: write(raw["algorithm"].pop(key)) for key in keys}
+    path = tmp_path / f"run.{suffix}"
+    if suffix == "json":
+        options = ", ".join(f'"{key}": {text}' for key, text in algorithm.items())
+        path.write_text(json.dumps(raw).replace('"algorithm": {}', f'"algorithm": {{{options}}}'))
+    else:
+        options = "".join(f"  {key}: {text}\n" for key, text in algorithm.items())
+        del raw["algorithm"]
+        path.write_text(f"algorithm:\n{options}{yaml.safe_dump(raw, sort_keys=data.draw(st.booleans()))}")
+    assert config_hash(draccus.decode(PiRLTrainConfig, read_config_file(str(path)))) == expected
+
+
+def test_pyyaml_takes_a_number_without_a_point_for_a_text():
+    """The reason for a test of spellings."""
+    assert [yaml.safe_load(text) for text in ("1e-4", "1.0e-4", "0.0001")] == ["1e-4", 1e-4, 1e-4]
+
+
 # the digest of the frozen weights
 
 
@@ -315,3 +525,30 @@ def test_metadata_describe_the_run():
     assert (metadata.num_denoising_steps, metadata.n_action_steps) == (4, 4)
     assert json.loads(metadata.policy_features)["action"] == ["ACTION", [7]]
     assert json.loads(json.dumps(metadata.to_dict())) == metadata.to_dict()
+
+
+def described() -> Metadata:
+    torch.manual_seed(0)
+    pipeline = SimpleNamespace(steps=[])
+    adapter = SimpleNamespace(policy=Frozen(), processors=SimpleNamespace(policy_pre=pipeline))
+    return make_metadata(tiny_config(), adapter, None, "run-1")
+
+
+def test_a_package_that_is_installed_on_one_side_only_is_a_difference(tmp_path, monkeypatch):
+    without = described()
+    source = "from lerobot_pirl.registry import CheckpointValidator\n"
+    source += (
+        "VALIDATOR = CheckpointValidator(print, lambda cfg, adapter: {'gravity': 10.0, 'seed': cfg.seed})\n"
+    )
+    write_files(tmp_path, {"lab_of_metadata.py": source})
+    entry = {registry.CHECKPOINT_VALIDATORS: {"pi-rl.lab": "lab_of_metadata:VALIDATOR"}}
+    fake_distribution(tmp_path, "lab", "1.2", entry)
+    monkeypatch.syspath_prepend(tmp_path)
+    with_lab = described()
+    assert with_lab.additional == {"pi-rl.lab.gravity": 10, "pi-rl.lab.seed": 1000}
+    assert (without.additional, replace(with_lab, additional={})) == ({}, without)
+    for mine, theirs, row in [(without, with_lab, ["10", "-"]), (with_lab, without, ["-", "10"])]:
+        lines = mismatch(mine.to_dict(), theirs.to_dict())
+        assert lines[0] == "metadata of learner and actor differ in pi-rl.lab.gravity, pi-rl.lab.seed:"
+        assert lines[2].split() == ["pi-rl.lab.gravity", *row]
+        assert "validator 'pi-rl.lab'" in lines[-1]

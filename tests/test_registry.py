@@ -187,3 +187,62 @@ def test_a_lerobot_without_metadata_is_refused(monkeypatch):
     monkeypatch.setattr(importlib_metadata, "version", version)
     with pytest.raises(registry.RegistryError, match="lerobot of an unknown version is installed"):
         registry.check_lerobot_version()
+
+
+# --- validators ----------------------------------------------------------------------------------
+
+LAB_MODULE = """
+from lerobot_pirl.registry import CheckpointValidator
+
+VALIDATOR = CheckpointValidator(validate=print, fields=lambda cfg, adapter: {"gravity": 9.81})
+"""
+
+
+def validators_of(site: Path, name: str, source: str = LAB_MODULE, entry: str = "pi-rl.lab") -> list[str]:
+    """Install a distribution with a validator; return the names of those of our recipe."""
+    write_files(site, {f"{name}.py": source})
+    fake_distribution(site, name, "1.2", {registry.CHECKPOINT_VALIDATORS: {entry: f"{name}:VALIDATOR"}})
+    return list(registry.checkpoint_validators("pi-rl"))
+
+
+def test_validators_of_others_come_after_the_recipes_own_in_the_order_of_their_names(site):
+    assert validators_of(site, "works", entry="pi-rl.zoo") == ["pi-rl", "pi-rl.zoo"]
+    assert validators_of(site, "lab") == ["pi-rl", "pi-rl.lab", "pi-rl.zoo"]
+    assert registry.checkpoint_validators("pi-rl")["pi-rl.lab"].fields(None, None) == {"gravity": 9.81}
+
+
+@pytest.mark.parametrize("entry", ["lab", "pi-rl-2.lab", "pi-rlx", "gait.pi-rl.lab"])
+def test_a_validator_of_another_recipe_does_not_judge(site, entry):
+    assert validators_of(site, "lab", entry=entry) == ["pi-rl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("VALIDATOR = {'validate': print}", "dict"),
+        ("VALIDATOR = print", "builtin_function_or_method"),
+        ("from lerobot_pirl.registry import CheckpointValidator as VALIDATOR", "type"),
+    ],
+)
+def test_a_validator_that_is_none_is_refused_with_its_type(site, source, kind):
+    with pytest.raises(registry.RegistryError) as caught:
+        validators_of(site, "lab", source)
+    assert str(caught.value) == (
+        f"the entry point pi-rl.lab = lab:VALIDATOR of lab 1.2 is a {kind} instead of a "
+        "lerobot_pirl.registry.CheckpointValidator"
+    )
+
+
+def test_a_broken_validator_is_refused_rather_than_left_out(site):
+    with pytest.raises(registry.RegistryError, match=r"pi-rl\.lab = lab:VALIDATOR of lab 1\.2 .* no licence"):
+        validators_of(site, "lab", "raise RuntimeError('no licence')")
+
+
+def test_a_validator_that_two_distributions_declare_is_refused_with_both(site):
+    validators_of(site, "lab")
+    with pytest.raises(registry.RegistryError) as caught:
+        validators_of(site, "workshop")
+    assert str(caught.value) == (
+        f"'pi-rl.lab' in {registry.CHECKPOINT_VALIDATORS} is declared by lab 1.2 (lab:VALIDATOR) and "
+        "workshop 1.2 (workshop:VALIDATOR); uninstall all but one of them"
+    )

@@ -1,4 +1,4 @@
-"""A distribution that is not ours adds a recipe and a policy adapter, and LeRobot's learner command runs them.
+"""A distribution that is not ours adds a recipe, a policy adapter and a validator, and LeRobot's commands run them.
 
 The environment is fresh: this package and the third party's are installed in it as wheels. LeRobot and torch come
 from the running environment by a path file, so nothing large is installed.
@@ -6,6 +6,7 @@ from the running environment by a path file, so nothing large is installed.
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.installs import (
     site_packages,
     write_files,
 )
+from tests.terminals import SMALL, TABLETOP, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +44,9 @@ torn = "gait.torn:RECIPE"
 
 [project.entry-points."lerobot_pirl.policy_adapters"]
 act = "gait.adapter:ACTAdapter"
+
+[project.entry-points."lerobot_pirl.checkpoint_validators"]
+"pi-rl.lab" = "gait.lab:VALIDATOR"
 
 [tool.hatch.build.targets.wheel]
 packages = ["gait"]
@@ -88,6 +93,25 @@ class ACTAdapter:
 
     def __init__(self, policy, cfg):
         raise ValueError(f"gait cannot walk with {type(policy).__name__}")
+""",
+    "gait/lab.py": """
+import os
+
+from lerobot_pirl.metadata import MetadataMismatch
+from lerobot_pirl.registry import CheckpointValidator
+
+
+def fields(cfg, adapter):
+    return {"gravity": float(os.environ["LAB_GRAVITY"])}
+
+
+def validate(mine, theirs, my_label, their_label):
+    limit = float(os.environ.get("LAB_LIMIT", "20"))
+    if theirs["pi-rl.lab.gravity"] > limit:
+        raise MetadataMismatch(f"{their_label} is of a gravity that this lab cannot stand; raise LAB_LIMIT")
+
+
+VALIDATOR = CheckpointValidator(validate=validate, fields=fields)
 """,
 }
 GAIT = {"recipe": "gait", "stride": 0.5, "steps": 3, "env": {"type": "pusht"}, "policy": {"type": "act"}}
@@ -167,3 +191,65 @@ def test_an_unknown_recipe_lists_the_third_partys_too(python, tmp_path):
         f"unknown recipe 'run'; known are 'gait' (from gait-plugin 3.1), "
         f"'pi-rl' (from lerobot-pirl {lerobot_pirl.__version__}), 'torn' (from gait-plugin 3.1)"
     ) in result.stderr
+
+
+# --- a validator of its own for our recipe ------------------------------------------------------------------------
+
+
+def train(python: Path, cwd: Path, role: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    return run(python, "-m", f"lerobot.rl.{role}", *arguments, cwd=cwd, timeout=300, **env)
+
+
+@pytest.fixture(scope="module")
+def lab_run(python, tmp_path_factory):
+    """A run of one update whose processes both had the validator: its folder, learner and actor."""
+    folder = tmp_path_factory.mktemp("lab")
+    arguments = (f"--config_path={TABLETOP}", "--output_dir=run", "--steps=1", *SMALL)
+    arguments += (f"--algorithm.wire.port={free_port()}",)
+    with ThreadPoolExecutor() as pool:
+        ended = pool.map(
+            lambda role: train(python, folder, role, *arguments, LAB_GRAVITY="9.81"), ("learner", "actor")
+        )
+    return folder, *ended
+
+
+@pytest.fixture(scope="module")
+def refused(python, lab_run):
+    """Two resumes of that run, one with another gravity, one that the lab itself does not let pass."""
+    checkpoint = "run/checkpoints/last/pretrained_model/train_config.json"
+    environments = ({"LAB_GRAVITY": "1.62"}, {"LAB_GRAVITY": "9.81", "LAB_LIMIT": "5"})
+    arguments = (f"--config_path={checkpoint}", "--resume=true", "--steps=2", "--algorithm.wire.port=0")
+    with ThreadPoolExecutor() as pool:
+        return [*pool.map(lambda env: train(python, lab_run[0], "learner", *arguments, **env), environments)]
+
+
+def test_a_third_partys_field_is_saved_and_sent(lab_run):
+    folder, learner, actor = lab_run
+    assert (learner.returncode, actor.returncode) == (0, 0), learner.stderr + actor.stderr
+    saved = json.loads((folder / "run/checkpoints/last/training_state/pirl_metadata.json").read_text())
+    assert saved["pi-rl.lab.gravity"] == 9.81
+    (sent,) = [line for line in actor.stderr.splitlines() if "metadata of the learner " in line]
+    assert json.loads(sent.partition("metadata of the learner ")[2])["pi-rl.lab.gravity"] == 9.81
+
+
+def test_a_resume_after_a_third_partys_field_has_changed_is_refused_by_name(refused):
+    result, _ = refused
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.splitlines()
+    start = next(
+        i for i, line in enumerate(lines) if "metadata of checkpoint and this run differ in " in line
+    )
+    assert lines[start].endswith("differ in pi-rl.lab.gravity:")
+    assert lines[start + 2].split() == ["pi-rl.lab.gravity", "9.81", "1.62"]
+    assert lines[start + 4 :] == [
+        "What to do: install the same package with validator 'pi-rl.lab' on both sides.",
+        "If the change is meant, name it: --accept_changes=pi-rl.lab.gravity; the metadata's history keeps it.",
+    ]
+
+
+def test_a_third_partys_validator_refuses_in_its_own_words(refused):
+    _, result = refused
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].endswith(
+        "ERROR checkpoint is of a gravity that this lab cannot stand; raise LAB_LIMIT"
+    )

@@ -1,13 +1,23 @@
 """A run's numbers: what is written, what a resume keeps, and the pictures drawn of them."""
 
 import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lerobot_pirl import cli
+from lerobot_pirl.launch import parse_config
+from lerobot_pirl.learner import Learner
 from lerobot_pirl.metrics import MetricsLog, iteration_line
 from lerobot_pirl.plots import moving_average, plot_run, read_metrics, sparkline, summary
+from tests.test_checkpoint import new_run
 
 
 def record(iteration: int, success: float = 0.5) -> dict:
@@ -21,15 +31,28 @@ def record(iteration: int, success: float = 0.5) -> dict:
     }
 
 
-def log_of(folder, iterations_done: int = 0) -> MetricsLog:
+def evaluation(iteration: int, success: float) -> dict:
+    return {
+        "iteration": iteration,
+        "policy_version": iteration,
+        "eval/success_rate": success,
+        "time/eval_s": 0.5,
+    }
+
+
+def log_of(folder, iterations_done: int = 0, evaluated_version: int = -1) -> MetricsLog:
     wandb = SimpleNamespace(enable=False, project=None)
-    return MetricsLog(SimpleNamespace(output_dir=folder, wandb=wandb), iterations_done)
+    return MetricsLog(SimpleNamespace(output_dir=folder, wandb=wandb), iterations_done, evaluated_version)
 
 
-def write_run(folder, rates) -> None:
-    log = log_of(folder)
-    for iteration, rate in enumerate(rates, 1):
-        log.write(record(iteration, rate))
+def write_run(folder, rates, evaluations: dict[int, float] | None = None) -> None:
+    """Write a log with these success rates, and those of evaluations by the number of updates before them."""
+    log, evaluations = log_of(folder), evaluations or {}
+    for iteration, rate in enumerate([None, *rates]):
+        if iteration:
+            log.write(record(iteration, rate))
+        if iteration in evaluations:
+            log.write(evaluation(iteration, evaluations[iteration]))
     log.close()
 
 
@@ -56,6 +79,55 @@ def test_a_log_that_needs_no_change_is_left_alone(tmp_path):
     before = (tmp_path / "metrics.jsonl").stat().st_ino
     log_of(tmp_path, iterations_done=2)
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before
+
+
+def test_a_resume_keeps_the_evaluations_of_its_checkpoint_and_drops_those_it_does_again(tmp_path):
+    write_run(tmp_path, [0.1, 0.2, 0.3], {0: 0.0, 2: 0.5, 3: 0.6})
+    log_of(tmp_path, iterations_done=2, evaluated_version=0)
+    kept = [(r["iteration"], "eval/success_rate" in r) for r in read_metrics(tmp_path)]
+    assert kept == [(0, True), (1, False), (2, False)]
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def size_limit(size: int) -> Iterator[None]:
+    """Let no file grow beyond ``size`` bytes: as on a disk that is full, a write falls short and the next one fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room", [0, 1, 100], ids=["none", "a byte", "some"])
+def test_what_a_full_disk_refuses_is_kept_and_written_later_in_whole_lines(tmp_path, caplog, room):
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
+    log, path = log_of(tmp_path), tmp_path / "metrics.jsonl"
+    log.write(record(1))
+    whole = path.read_bytes()
+    with size_limit(len(whole) + room):
+        log.write(record(2))
+        assert path.read_bytes() == whole
+        log.write(evaluation(2, 0.5))
+        assert path.read_bytes() == whole
+    assert [r.message.startswith(f"{path} cannot be written") for r in caplog.records] == [True, True]
+    log.write(record(3))
+    expected = [record(1), record(2), evaluation(2, 0.5), record(3)]
+    assert read_metrics(tmp_path) == expected
+    log.write(record(4))
+    assert read_metrics(tmp_path) == [*expected, record(4)]
+
+
+def test_a_folder_that_is_gone_for_a_while_costs_no_record(tmp_path):
+    log = log_of(tmp_path / "run")
+    os.rename(tmp_path / "run", tmp_path / "elsewhere")
+    log.write(record(1))
+    os.rename(tmp_path / "elsewhere", tmp_path / "run")
+    log.write(record(2))
+    assert [r["iteration"] for r in read_metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_the_status_line_tells_progress_success_versions_and_the_time_split():
@@ -107,12 +179,100 @@ def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
     assert seen == [(1, len(record(1)) - 1, 1), tmp_path, "finished"]
 
 
+class FakeWandb:
+    """As much of wandb as LeRobot's logger needs; remembers how it was started."""
+
+    def __init__(self) -> None:
+        self.starts: list[dict] = []
+        self.run = SimpleNamespace(id="the-run", get_url=lambda: "nowhere")
+
+    def init(self, **arguments) -> None:
+        self.starts.append(arguments)
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_SILENT", "True")
+    return fake
+
+
+@pytest.fixture
+def resumed_learner(monkeypatch) -> Iterator[Callable[..., Learner]]:
+    """Return a function that makes a learner as the command does when it resumes a checkpoint."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    learners = []
+
+    def resume(folder: Path, *arguments: str) -> Learner:
+        config = f"--config_path={folder}/pretrained_model/train_config.json"
+        options = ("--algorithm.wire.port=0", *arguments)
+        monkeypatch.setattr(sys, "argv", ["learner", config, "--resume=true", *options])
+        cfg = parse_config(type(new_run(folder).cfg))
+        cfg.validate()
+        learners.append(Learner(cfg))
+        return learners[-1]
+
+    yield resume
+    for learner in learners:
+        learner.server.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_goes_on_in_its_wandb_run_with_the_config_it_goes_on_with(
+    tmp_path, wandb, resumed_learner
+):
+    run = new_run(tmp_path / "run")
+    run.cfg.wandb.enable, run.cfg.wandb.project = True, "piRL"
+    MetricsLog(run.cfg, 0)
+    assert (wandb.starts[0]["id"], wandb.starts[0]["resume"]) == (None, None)
+    run.update(seed=1)
+    learner = resumed_learner(run.save(), "--algorithm.gamma=0.5", "--accept_changes=algorithm.gamma")
+    _, start = wandb.starts
+    assert (start["id"], start["resume"], start["dir"]) == ("the-run", "must", tmp_path / "run")
+    assert start["config"] == learner.cfg.to_dict()
+    assert (start["config"]["algorithm"]["gamma"], start["config"]["resume"]) == (0.5, True)
+    # told to the next checkpoint as well: an accepted change is no longer one
+    assert start["config"]["accept_changes"] == ""
+
+
 @pytest.mark.parametrize("count", [1, 25])
 def test_curves_are_drawn_as_png(tmp_path, count):
     write_run(tmp_path, [i / count for i in range(count)])
     path = plot_run(tmp_path)
     assert path == tmp_path / "learning_curve.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluations_are_drawn_where_they_were_made_and_do_not_disturb_the_rest(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rates, evaluations = [0.1, 0.2, 0.6, 0.7], {0: 0.0, 2: 0.25, 4: 1.0}
+    write_run(tmp_path / "with", rates, evaluations)
+    write_run(tmp_path / "without", rates)
+    assert summary(tmp_path / "with") == summary(tmp_path / "without")
+    for name in ("with", "without"):
+        plot_run(tmp_path / name)
+    lines = [
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+        for figure in figures
+    ]
+    assert lines[0].pop("without noise") == ([0, 2, 4], [0.0, 25.0, 100.0])
+    assert lines[0] == lines[1]
+    assert lines[0]["per iteration"] == ([1, 2, 3, 4], [100 * rate for rate in rates])
+
+
+def test_a_run_that_was_only_evaluated_has_no_curve(tmp_path):
+    write_run(tmp_path, [], {0: 0.5})
+    with pytest.raises(ValueError, match="has not finished an iteration yet"):
+        summary(tmp_path)
 
 
 def test_plot_command_draws_every_run_and_names_the_one_it_cannot(tmp_path, capsys):

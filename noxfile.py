@@ -68,3 +68,10 @@ def package(session: nox.Session) -> None:
         "tests/test_startup.py",
         *session.posargs,
     )
+
+
+@nox.session(python=PYTHON)
+def soak_kills(session: nox.Session) -> None:
+    """Kill a learner fifty times and compare it with one that was left alone; takes a quarter of an hour."""
+    session.install(".")
+    session.run("python", "-m", "benchmarks.kill_soak", *session.posargs)

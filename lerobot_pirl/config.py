@@ -12,6 +12,7 @@ from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import ParsingError
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from lerobot.configs import parser
+from lerobot.configs.default import EvalConfig
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR
 
@@ -86,10 +87,11 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         rules.check(self, RUN_RULES)
         rules.check(self.eval, EVAL_RULES, "eval.")
         self._resolve_pretrained_from_cli()
+        # what LeRobot makes of this machine's cores is no choice of the user's, and no checkpoint shall carry it away
+        if self.eval.batch_size == EvalConfig(n_episodes=self.eval.n_episodes).batch_size:
+            self.eval.batch_size = 0
         refuse_inert(self, NAME)
         self._check_scheduler()
-        # 0 stands for a number that follows from this machine's cores, which a checkpoint must not carry away
-        self.eval.batch_size = 0
         if self.env is None:
             raise ValueError(
                 "env is missing; name the environment to train in, for example env.type 'libero'"

@@ -555,6 +555,16 @@ def test_options_that_say_what_happens_anyway_pass(changes):
     decode(base(**changes)).validate()
 
 
+@pytest.mark.parametrize("cores", [1, 2, 64])
+def test_a_number_of_evaluation_episodes_passes_on_every_machine(monkeypatch, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    for episodes in (1, 7, 50, 500):
+        cfg = decode(base(eval={"n_episodes": episodes}))
+        cfg.validate()
+        assert cfg.eval.n_episodes == episodes
+    assert refused(base(eval={"batch_size": 5})).startswith("eval.batch_size=5 does nothing")
+
+
 def test_a_run_config_of_a_checkpoint_passes_on_a_machine_with_another_number_of_cores(monkeypatch):
     cfg = decode(base())
     cfg.validate()

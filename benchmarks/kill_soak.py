@@ -36,7 +36,7 @@ class Report:
     """What was done and seen.
 
     Attributes:
-        during_a_save: kills after which something half done lay beside the checkpoints.
+        during_a_save: kills that left something half done beside the checkpoints.
         lost_updates: updates that were logged and not saved when the learner was killed.
         problems: what must not be; empty when all is well.
     """
@@ -58,13 +58,20 @@ def last_update(learner: Terminal) -> int:
     return int(re.findall(r"update (\d+)/", learner.text())[-1])
 
 
+def half_done(checkpoints: Path) -> dict[str, int]:
+    """Return what a save has not put away yet, each with the time of its last change."""
+    return {path.name: path.lstat().st_ctime_ns for path in checkpoints.glob(".*")}
+
+
 def kill(run: Run, learner: Terminal, delay: float, report: Report) -> None:
-    """Kill a learner some time after its first update, and look at what it left."""
+    """Kill a learner, that was just started, some time after its first update, and look at what it left."""
+    checkpoints = run.output_dir / "checkpoints"
+    # of the kill before, until the learner gets to a save
+    before = half_done(checkpoints)
     learner.wait_for(r"update \d+/")
     time.sleep(delay)
     learner.kill()
-    checkpoints = run.output_dir / "checkpoints"
-    left = sorted(path.name for path in checkpoints.glob(".*"))
+    left = sorted(name for name, _ in half_done(checkpoints).items() - before.items())
     report.kills += 1
     report.during_a_save += bool(left)
     for name in (folders.LAST, folders.BEST):

@@ -13,7 +13,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
-from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.optim.schedulers import (
+    ConstantWithWarmupSchedulerConfig,
+    CosineAnnealingWithWarmupSchedulerConfig,
+    CosineDecayWithWarmupSchedulerConfig,
+)
 from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
@@ -417,12 +421,14 @@ def test_every_option_of_a_schedule_counts_and_so_does_its_kind(base):
     schedule = CosineDecayWithWarmupSchedulerConfig(
         num_warmup_steps=1, num_decay_steps=10, peak_lr=1e-5, decay_lr=1e-6
     )
-    schedules = [None, schedule, ConstantWithWarmupSchedulerConfig(num_warmup_steps=1)]
+    # two with the same options
+    kinds = (ConstantWithWarmupSchedulerConfig, CosineAnnealingWithWarmupSchedulerConfig)
+    schedules = [None, schedule, *(kind(num_warmup_steps=1) for kind in kinds)]
     schedules += [
         replace(schedule, **{each.name: other(getattr(schedule, each.name))}) for each in fields(schedule)
     ]
     hashes = {hash_with(base, "scheduler", each) for each in schedules}
-    assert len(hashes) == len(schedules) == 7
+    assert len(hashes) == len(schedules) == 8
 
 
 def spellings(number: float) -> list[str]:

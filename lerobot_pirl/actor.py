@@ -119,7 +119,8 @@ class Actor:
         """Run the episodes of one iteration and send them to the learner process that asked for them."""
         count = self.cfg.algorithm.episodes_per_iteration
         self._start_bar(f"policy {version}", count)
-        specs = episode_specs(self.num_init_states, version * count, count)
+        group_size = self.cfg.algorithm.resolved_group_size
+        specs = episode_specs(self.num_init_states, version * count, count, group_size)
         rollout = self.collector.collect(specs, version, self.cfg.algorithm.noise_scale(version))
         header, tensors = rollout.to_tensors()
         self.client.send(Message("rollout", header | self._address(version, session), tensors))

@@ -1,6 +1,5 @@
 """piRL's update: PPO over the stochastic denoising steps of a rollout."""
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,28 +13,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lerobot_pirl import flow, ppo
+from lerobot_pirl.diagnostics import LOSSES, POLICY, VALUE, training_stats
 from lerobot_pirl.options import PiRLConfig
 from lerobot_pirl.policies.base import PolicyAdapter, chain_log_prob
-from lerobot_pirl.rollout import Rollout, compute_returns, derive_seed
+from lerobot_pirl.rollout import Rollout, compute_returns, derive_seed, group_returns
+from lerobot_pirl.value import make_value_head
 from lerobot_pirl.weights import load_weights, trainable_parameters
-
-POLICY, VALUE = "policy", "value"
-
-
-def make_value_head(input_dim: int, hidden_dims: tuple[int, ...]) -> nn.Sequential:
-    """Return a ReLU MLP ``[B, input_dim] -> [B, 1]`` whose last layer starts near zero, as RLinf's does."""
-    widths = (input_dim, *hidden_dims)
-    layers: list[nn.Module] = []
-    for width, next_width in itertools.pairwise(widths):
-        layers += [nn.Linear(width, next_width), nn.ReLU()]
-    last = nn.Linear(widths[-1], 1)
-    nn.init.normal_(last.weight, std=0.02)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
 
 
 class PiRLAlgorithm(RLAlgorithm):
-    """Owns the value head and the optimiser; updates the adapter's policy in place."""
+    """Owns the value head, which advantages from groups do without, and the optimiser; updates the policy in place."""
 
     config_class = PiRLConfig
     name = "pi-rl"
@@ -61,7 +48,10 @@ class PiRLAlgorithm(RLAlgorithm):
         self.policy = adapter.policy
         self.config = config
         self.device = adapter.noise_std.device
-        self.value_head = make_value_head(adapter.value_input_dim, config.value_hidden_dims).to(self.device)
+        self.value_head: nn.Module | None = None
+        if config.advantage == "gae":
+            head = make_value_head(adapter.value_input_dim, config.value_hidden_dims)
+            self.value_head = head.to(self.device)
         self.schedule, self.steps = schedule, steps
         self.optimizer, self.scheduler = self.build_optimizer()
         self.seed = seed
@@ -92,8 +82,9 @@ class PiRLAlgorithm(RLAlgorithm):
                 "lr": config.learning_rate,
                 "weight_decay": 0.0,
             },
-            {"params": list(self.value_head.parameters()), "lr": config.value_learning_rate},
         ]
+        if self.value_head:
+            groups.append({"params": list(self.value_head.parameters()), "lr": config.value_learning_rate})
         optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
         return optimizer, self.schedule.build(optimizer, self.steps) if self.schedule else None
 
@@ -116,12 +107,14 @@ class PiRLAlgorithm(RLAlgorithm):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the value head's tensors."""
-        return {f"value_head.{name}": value for name, value in self.value_head.state_dict().items()}
+        state = self.value_head.state_dict() if self.value_head else {}
+        return {f"value_head.{name}": value for name, value in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
         """Copy tensors made by :meth:`state_dict` in place; raises RuntimeError when names or shapes differ."""
-        prefix = "value_head."
-        self.value_head.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items()})
+        if self.value_head:
+            prefix = "value_head."
+            self.value_head.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items()})
 
     @torch.no_grad()
     def values(self, features: dict[str, Tensor]) -> Tensor:
@@ -151,44 +144,91 @@ class PiRLAlgorithm(RLAlgorithm):
         """
         rollout = next(batch_iterator)
         config = self.config
-        old_values = self.values(rollout.features)
-        final_values = self.values(rollout.final_features)
-        advantages, returns = compute_returns(
-            rollout, old_values, final_values, config.gamma, config.gae_lambda, config.bootstrap_truncation
+        targets, extra = (
+            self._group_targets(rollout) if self.value_head is None else self._gae_targets(rollout)
         )
-        data = {
+        weights = ppo.sample_weights(rollout.episode_lengths, config.loss_aggregation)
+        if "kept" in targets:
+            weights = weights / weights[targets["kept"]].mean()
+        data = targets | {
             "chain": rollout.chain,
             "step_index": rollout.step_index,
             "gripper": rollout.gripper,
             "old_log_prob": rollout.log_prob,
-            "old_values": old_values,
-            "returns": returns,
-            "weights": ppo.sample_weights(rollout.episode_lengths, config.loss_aggregation),
-            "advantages": ppo.normalize_advantages(advantages) if config.normalize_advantage else advantages,
+            "weights": weights,
         }
-        train_policy = self.optimization_step >= config.critic_warmup_iterations
+        warming_up = self.value_head is not None and self.optimization_step < config.critic_warmup_iterations
         noise_scale = config.noise_scale(rollout.policy_version)
-        records = self._run_epochs(rollout.features, data, train_policy, noise_scale)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        records = self._run_epochs(rollout.features, data, not warming_up, noise_scale)
+        extra |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "noise_scale": noise_scale}
+        extra["skipped_steps"] = float(self.skipped_steps)
         self.optimization_step += 1
         if self.scheduler:
             self.scheduler.step()
-        stats = self._stats(records, old_values, returns, advantages)
-        stats.extra |= {"learning_rate": learning_rate, "noise_scale": noise_scale}
-        return stats
+        return training_stats(records, config.num_denoising_steps, extra)
+
+    def _gae_targets(self, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return what the losses need of every row, by generalised advantages, and what to log about it."""
+        config = self.config
+        old_values = self.values(rollout.features)
+        advantages, returns = compute_returns(
+            rollout,
+            old_values,
+            self.values(rollout.final_features),
+            config.gamma,
+            config.gae_lambda,
+            config.bootstrap_truncation,
+        )
+        extra = {
+            "explained_variance": ppo.explained_variance(old_values, returns),
+            "value_mean": float(old_values.mean()),
+            "return_mean": float(returns.mean()),
+            "advantage_std": float(advantages.std(unbiased=False)),
+        }
+        if config.normalize_advantage:
+            advantages = ppo.normalize_advantages(advantages)
+        return {"old_values": old_values, "returns": returns, "advantages": advantages}, extra
+
+    def _group_targets(self, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the same by comparison within groups; ``kept`` tells the rows of groups that are learned from.
+
+        Raises:
+            ValueError: when the episodes do not come in groups that share task and initial state.
+        """
+        config = self.config
+        size = config.resolved_group_size
+        returns, kept = (
+            group_returns(rollout, size),
+            torch.ones(len(rollout.success) // size, dtype=torch.bool),
+        )
+        if config.group_filter is not None:
+            kept = ppo.groups_in_range(rollout.success, size, *config.group_filter)
+        lengths = rollout.episode_lengths
+        advantages = ppo.group_advantages(returns, size).repeat_interleave(lengths)
+        extra = {
+            "groups_kept": float(kept.float().mean()),
+            "return_mean": float(returns.mean()),
+            "advantage_std": float(advantages.std(unbiased=False)),
+        }
+        rows = kept.repeat_interleave(size).repeat_interleave(lengths)
+        return {"advantages": advantages, "kept": rows}, extra
 
     def _run_epochs(
         self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool, noise_scale: float
     ) -> list[dict[str, Any]]:
-        """Step the optimiser over all minibatches of all epochs; one record per minibatch."""
+        """Step the optimiser over all minibatches of all epochs; one record per minibatch, none without a row."""
         records: list[dict[str, Any]] = []
         # a function of seed and step, so that a resumed run draws the same order without saved state
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.optimization_step))
-        num_rows = len(data["returns"])
+        num_rows = len(data["advantages"])
         for _ in range(self.config.n_epochs):
             order = torch.randperm(num_rows, generator=generator)
+            if "kept" in data:
+                order = order[data["kept"][order]]
+            if len(order) == 0:
+                return records
             # of nearly equal size, lest a rest of a few samples moves the weights as far as a whole minibatch
-            for rows in order.tensor_split(math.ceil(num_rows / self.config.minibatch_size)):
+            for rows in order.tensor_split(math.ceil(len(order) / self.config.minibatch_size)):
                 records.append(self._minibatch(features, data, rows, train_policy, noise_scale))
                 target = self.config.target_kl
                 if target is not None and records[-1]["approx_kl"] > target:
@@ -227,14 +267,6 @@ class PiRLAlgorithm(RLAlgorithm):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the summed loss of a micro-batch, its parts (sums) and per-sample diagnostics."""
         config = self.config
-        value = ppo.value_loss(
-            values := self._value(features),
-            data["old_values"],
-            data["returns"],
-            config.clip_range_vf,
-            config.huber_delta,
-        )
-        value_sum = (value * data["weights"]).sum()
         with torch.set_grad_enabled(train_policy):
             log_prob, _ = chain_log_prob(
                 self.adapter, features, data["chain"], data["step_index"], data["gripper"], noise_scale
@@ -244,66 +276,37 @@ class PiRLAlgorithm(RLAlgorithm):
             step_weight = self.step_weights[data["step_index"]].mean(dim=1)
             surrogate = ppo.policy_loss(ratio, data["advantages"], config.clip_range, config.dual_clip)
             policy_sum = (surrogate * step_weight * data["weights"]).sum()
-        loss = value_sum + policy_sum if train_policy else value_sum
-        change = (values.detach() - data["old_values"]).abs()
-        vf_clipped = change > (math.inf if config.clip_range_vf is None else config.clip_range_vf)
         samples = {
             "kl": ppo.approx_kl(log_ratio.detach()),
             "kl_k1": -log_ratio.detach(),
             "clipped": ppo.clip_fraction(ratio.detach(), config.clip_range),
             "ratio": ratio.detach(),
-            "vf_clipped": vf_clipped.float(),
             "step_index": data["step_index"][:, 0],
         }
-        return loss, {"policy_loss": policy_sum.detach(), "value_loss": value_sum.detach()}, samples
+        sums = {"policy_loss": policy_sum.detach()}
+        if self.value_head is None:
+            return policy_sum, sums, samples
+        values = self._value(features)
+        value = ppo.value_loss(
+            values, data["old_values"], data["returns"], config.clip_range_vf, config.huber_delta
+        )
+        value_sum = (value * data["weights"]).sum()
+        change = (values.detach() - data["old_values"]).abs()
+        vf_clipped = change > (math.inf if config.clip_range_vf is None else config.clip_range_vf)
+        loss = value_sum + policy_sum if train_policy else value_sum
+        sums["value_loss"] = value_sum.detach()
+        return loss, sums, samples | {"vf_clipped": vf_clipped.float()}
 
     def _step(self, record: dict[str, Any]) -> dict[str, float]:
         """Clip gradients per group and step; a minibatch with a number that is not finite changes nothing."""
         limit = self.config.grad_clip_norm
-        policy_parameters = list(self.trainable_parameters().values())
-        norms = {
-            POLICY: nn.utils.clip_grad_norm_(policy_parameters, limit),
-            VALUE: nn.utils.clip_grad_norm_(self.value_head.parameters(), limit),
-        }
-        numbers = [*(float(norm) for norm in norms.values()), record["policy_loss"], record["value_loss"]]
-        if all(math.isfinite(number) for number in numbers):
+        groups = {POLICY: list(self.trainable_parameters().values())}
+        if self.value_head:
+            groups[VALUE] = list(self.value_head.parameters())
+        norms = {name: float(nn.utils.clip_grad_norm_(group, limit)) for name, group in groups.items()}
+        losses = [value for name, value in record.items() if name in LOSSES]
+        if all(math.isfinite(number) for number in (*norms.values(), *losses)):
             self.optimizer.step()
         else:
             self.skipped_steps += 1
-        return {f"{name}_grad_norm": float(norm) for name, norm in norms.items()}
-
-    def _stats(
-        self, records: list[dict[str, Any]], old_values: Tensor, returns: Tensor, advantages: Tensor
-    ) -> TrainingStats:
-        def mean(name: str) -> float:
-            return sum(record[name] for record in records) / len(records)
-
-        samples = {
-            name: torch.cat([record[name] for record in records])
-            for name in ("kl", "kl_k1", "clipped", "ratio", "vf_clipped", "step_index")
-        }
-        extra = {
-            "approx_kl": float(samples["kl"].mean()),
-            "approx_kl_k1": float(samples["kl_k1"].mean()),
-            "clip_fraction": float(samples["clipped"].mean()),
-            "ratio_max": float(samples["ratio"].max()),
-            "ratio_max_dev_first": float((records[0]["ratio"] - 1).abs().max()),
-            "value_clip_fraction": float(samples["vf_clipped"].mean()),
-            "explained_variance": ppo.explained_variance(old_values, returns),
-            "value_mean": float(old_values.mean()),
-            "return_mean": float(returns.mean()),
-            "advantage_std": float(advantages.std(unbiased=False)),
-            "minibatches": float(len(records)),
-            "kl_stop": float(any(record.get("kl_stop", False) for record in records)),
-            "skipped_steps": float(self.skipped_steps),
-        }
-        for k in range(self.config.num_denoising_steps):
-            at_k = samples["step_index"] == k
-            if at_k.any():
-                extra[f"approx_kl_step{k}"] = float(samples["kl"][at_k].mean())
-                extra[f"clip_fraction_step{k}"] = float(samples["clipped"][at_k].mean())
-        return TrainingStats(
-            losses={name: mean(name) for name in ("policy_loss", "value_loss")},
-            grad_norms={name: mean(f"{name}_grad_norm") for name in (POLICY, VALUE)},
-            extra=extra,
-        )
+        return {f"{name}_grad_norm": norm for name, norm in norms.items()}

@@ -24,17 +24,21 @@ class EpisodeSpec:
     init_state_id: int
 
 
-def episode_specs(num_init_states: dict[int, int], start: int, count: int) -> list[EpisodeSpec]:
+def episode_specs(
+    num_init_states: dict[int, int], start: int, count: int, group_size: int = 1
+) -> list[EpisodeSpec]:
     """Return episodes ``start`` to ``start + count`` of the walk over all tasks and their initial states.
 
-    Tasks change fastest; after the last initial state the walk starts again. Being a function of the episode's
-    number alone, it needs no state to resume.
+    Tasks change fastest; after the last initial state the walk starts again. With groups, each place of the walk is
+    visited by ``group_size`` episodes in a row. Being a function of the episode's number alone, it needs no state to
+    resume.
     """
     task_ids = list(num_init_states)
     specs = []
     for number in range(start, start + count):
-        task_id = task_ids[number % len(task_ids)]
-        specs.append(EpisodeSpec(number, task_id, number // len(task_ids) % num_init_states[task_id]))
+        place = number // group_size
+        task_id = task_ids[place % len(task_ids)]
+        specs.append(EpisodeSpec(number, task_id, place // len(task_ids) % num_init_states[task_id]))
     return specs
 
 

@@ -91,13 +91,18 @@ class MetricsLog:
 
 
 def iteration_line(record: dict[str, Any], steps: int) -> str:
-    """Return the one-line status of an iteration."""
+    """Return the one-line status of an iteration; what an update did not compute is left out."""
+    shown = {
+        "train/approx_kl": "KL {:.4f} | ",
+        "train/clip_fraction": "clip {:.0%} | ",
+        "train/explained_variance": "EV {:.2f} | ",
+        "train/groups_kept": "groups kept {:.0%} | ",
+    }
     return (
         f"update {record['iteration']}/{steps} | policy {record['policy_version']} | "
         f"success {record['rollout/success_rate']:.0%} | reward {record['rollout/reward_mean']:.2f} | "
-        f"KL {record['train/approx_kl']:.4f} | clip {record['train/clip_fraction']:.0%} | "
-        f"EV {record['train/explained_variance']:.2f} | "
-        f"{record['time/iteration_s']:.1f} s (env {record['time/env_s']:.1f}, "
+        + "".join(text.format(record[name]) for name, text in shown.items() if name in record)
+        + f"{record['time/iteration_s']:.1f} s (env {record['time/env_s']:.1f}, "
         f"inference {record['time/inference_s']:.1f}, update {record['time/update_s']:.1f}, "
         f"transfer {record['time/transfer_s']:.1f})"
     )

@@ -1,6 +1,6 @@
 """The recipe's options under ``algorithm``, of type ``pi-rl``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lerobot.rl.algorithms.configs import RLAlgorithmConfig
@@ -15,6 +15,13 @@ _FRACTION = rules.number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 # below a micrometre, or its like, float32 no longer resolves the noise
 _NOISE = rules.between(1e-6, 10)
 _DECAY = rules.number("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+# without a value function these do nothing
+VALUE_OPTIONS = (
+    *("gamma", "gae_lambda", "bootstrap_truncation", "normalize_advantage", "clip_range_vf", "huber_delta"),
+    *("critic_warmup_iterations", "value_learning_rate", "value_hidden_dims"),
+)
 
 
 @dataclass
@@ -69,6 +76,15 @@ class PiRLConfig(RLAlgorithmConfig):
     async_envs: bool = option(False, rules.FLAG)
     # Step limit of an episode; not given: the environment's own.
     max_episode_steps: int | None = option(None, rules.or_null(COUNT))
+
+    # Advantages: `gae` with a value function; `grpo` from groups of episodes that start alike, without one.
+    advantage: str = option("gae", rules.one_of("gae", "grpo"))
+    # Episodes per group of `grpo` (8 when not given); they share task and initial state. Refused with `gae`.
+    group_size: int | None = option(None, rules.or_null(rules.integer(2, 1024)))
+    # Range of success rates, ends included, of the groups that `grpo` learns from; null: all. Refused with `gae`.
+    group_filter: tuple[float, float] | None = option(
+        None, rules.or_null(rules.many("a list of two numbers in [0, 1]", _FRACTION, 2, 2))
+    )
 
     # Discount per executed chunk, in [0, 1].
     gamma: float = option(0.99, _FRACTION)
@@ -137,6 +153,32 @@ class PiRLConfig(RLAlgorithmConfig):
             return None
         return 0.5 if self.gripper_temperature is None else self.gripper_temperature
 
+    @property
+    def resolved_group_size(self) -> int:
+        """Episodes that share task and initial state; 1 with `gae`."""
+        if self.advantage == "gae":
+            return 1
+        return 8 if self.group_size is None else self.group_size
+
+    def _check_advantage(self) -> None:
+        """Refuse what does nothing with the chosen kind of advantages, and groups that do not fit."""
+        idle = ("group_size", "group_filter") if self.advantage == "gae" else VALUE_OPTIONS
+        for each in fields(self):
+            if each.name in idle and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"algorithm.{each.name}={rules.shown(getattr(self, each.name))} does nothing with "
+                    f"algorithm.advantage={self.advantage!r}; remove it or change algorithm.advantage"
+                )
+        if self.episodes_per_iteration % self.resolved_group_size:
+            raise ValueError(
+                f"algorithm.episodes_per_iteration={self.episodes_per_iteration} is no multiple of the group size "
+                f"{self.resolved_group_size}; change one of them"
+            )
+        if self.group_filter is not None and self.group_filter[0] > self.group_filter[1]:
+            raise ValueError(
+                f"algorithm.group_filter={list(self.group_filter)} is empty; give the lower rate first"
+            )
+
     def noise_scale(self, policy_version: int) -> float:
         """Return the share of the noise that a policy version explores with; linear, as in RLinf's annealing."""
         if not self.noise_anneal_iterations:
@@ -159,6 +201,7 @@ class PiRLConfig(RLAlgorithmConfig):
                 f"algorithm.gripper_temperature={self.gripper_temperature} does nothing with "
                 "algorithm.gripper='exclude'; remove it or set algorithm.gripper to 'bernoulli_last'"
             )
+        self._check_advantage()
         if (self.noise_anneal_to is None) == bool(self.noise_anneal_iterations):
             raise ValueError(
                 f"algorithm.noise_anneal_iterations={self.noise_anneal_iterations} and algorithm.noise_anneal_to="
@@ -171,6 +214,7 @@ class PiRLConfig(RLAlgorithmConfig):
             )
         # left out or written, the default is one config
         self.gripper_temperature = self.resolved_gripper_temperature
+        self.group_size = None if self.advantage == "gae" else self.resolved_group_size
 
 
 ALGORITHM_RULES = rules.of(PiRLConfig)

@@ -50,6 +50,28 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
     return scaled.to(advantages.dtype)
 
 
+def group_advantages(returns: Tensor, group_size: int) -> Tensor:
+    """Return every episode's return relative to its group, ``(R - mean) / (std + 1e-6)``, ``[E]``.
+
+    As in GRPO (arXiv 2402.03300); the standard deviation is the unbiased one, and a group without differences
+    gets zeros.
+
+    Args:
+        returns: undiscounted return of every episode, ``[E]``; neighbours form a group.
+        group_size: episodes per group.
+    """
+    groups = returns.double().unflatten(0, (-1, group_size))
+    scaled = (groups - groups.mean(dim=1, keepdim=True)) / (groups.std(dim=1, keepdim=True) + 1e-6)
+    return scaled.flatten().to(returns.dtype)
+
+
+def groups_in_range(success: Tensor, group_size: int, low: float, high: float) -> Tensor:
+    """Return for every group whether its success rate lies in ``[low, high]``, bool ``[E / group_size]``."""
+    rates = success.double().unflatten(0, (-1, group_size)).mean(dim=1)
+    # a rate such as 0.1 is no float of its own
+    return (rates >= low - 1e-9) & (rates <= high + 1e-9)
+
+
 def sample_weights(episode_lengths: Tensor, aggregation: str) -> Tensor:
     """Return the loss weight of every chunk, mean 1, ``[N]`` in episode order.
 

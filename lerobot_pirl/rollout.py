@@ -197,3 +197,20 @@ def compute_returns(
         gae_lambda,
     )
     return advantages.T[valid.T], returns.T[valid.T]
+
+
+def group_returns(rollout: Rollout, group_size: int) -> Tensor:
+    """Return the undiscounted return of every episode, float32 ``[E]``.
+
+    Raises:
+        ValueError: when neighbouring episodes do not form groups that share task and initial state.
+    """
+    count = len(rollout.episode_lengths)
+    starts = torch.stack([rollout.task_id, rollout.init_state_id])
+    if count % group_size or (starts.unflatten(1, (-1, group_size)).diff(dim=2) != 0).any():
+        raise ValueError(
+            f"rollout: its {count} episodes do not come in groups of {group_size} that share task_id and init_state_id; "
+            "start the actor with the learner's config"
+        )
+    episode = torch.arange(count).repeat_interleave(rollout.episode_lengths)
+    return torch.zeros(count).index_add(0, episode, rollout.rewards)

@@ -7,7 +7,8 @@ import torch
 from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig
 
 from lerobot_pirl.algorithm import PiRLAlgorithm
-from lerobot_pirl.policies.base import sample_actions
+from lerobot_pirl.options import VALUE_OPTIONS, PiRLConfig
+from lerobot_pirl.policies.base import chain_log_prob, sample_actions
 from lerobot_pirl.policies.xvla import XVLAAdapter
 from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.weights import load_weights
@@ -203,8 +204,6 @@ def test_update_follows_the_advantage():
     rollout.rewards, rollout.terminated = good.float(), torch.ones(16, dtype=torch.bool)
     rollout.final_features = {name: value[:0] for name, value in rollout.final_features.items()}
     algorithm.update(iter([rollout]))
-    from lerobot_pirl.policies.base import chain_log_prob
-
     with torch.no_grad():
         log_prob, _ = chain_log_prob(
             algorithm.adapter, rollout.features, rollout.chain, rollout.step_index, rollout.gripper
@@ -270,3 +269,113 @@ def test_the_update_uses_the_noise_of_the_version_that_acted():
     assert stats["ratio_max_dev_first"] < 1e-4
     rollout.policy_version = 0
     assert algorithm.update(iter([rollout])).to_log_dict()["ratio_max_dev_first"] > 0.1
+
+
+# groups in place of a value function
+
+
+def make_group_algorithm(**options) -> PiRLAlgorithm:
+    # a config for groups names no option of the value function
+    options = {name: getattr(PiRLConfig(), name) for name in VALUE_OPTIONS} | options
+    options = {"advantage": "grpo", "group_size": 3, "episodes_per_iteration": 6} | options
+    options = {
+        "minibatch_size": 64,
+        "micro_batch_size": 64,
+        "target_kl": None,
+        "learning_rate": 1e-4,
+    } | options
+    adapter = tiny_adapter(**options)
+    return PiRLAlgorithm(adapter, adapter.run_config.algorithm, seed=1)
+
+
+def make_groups(adapter: XVLAAdapter, successes: tuple[int, int]) -> Rollout:
+    """Two groups of three episodes of one chunk, of which so many succeed."""
+    rollout = make_rollout(adapter, lengths=(1,) * 6)
+    success = torch.tensor([i < count for count in successes for i in range(3)])
+    rollout.rewards, rollout.success, rollout.terminated = success.float(), success, success.clone()
+    rollout.final_features = {
+        n: v[: int((~success).sum())] for n, v in tiny_features(adapter, 6, seed=9).items()
+    }
+    rollout.task_id, rollout.init_state_id = (
+        torch.zeros(6, dtype=torch.int64),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+    )
+    rollout.check()
+    return rollout
+
+
+def log_probs(algorithm: PiRLAlgorithm, rollout: Rollout) -> torch.Tensor:
+    with torch.no_grad():
+        found, _ = chain_log_prob(
+            algorithm.adapter, rollout.features, rollout.chain, rollout.step_index, rollout.gripper
+        )
+    return found
+
+
+def test_groups_make_what_won_likelier_and_what_lost_less_likely():
+    algorithm = make_group_algorithm(n_epochs=3)
+    rollout = make_groups(algorithm.adapter, (1, 2))
+    before = log_probs(algorithm, rollout)
+    stats = algorithm.update(iter([rollout])).to_log_dict()
+    change = log_probs(algorithm, rollout) - before
+    weight = algorithm.step_weights[rollout.step_index[:, 0]]
+    won = rollout.success
+    assert (change * weight)[won].mean() > 0 > (change * weight)[~won].mean()
+    assert stats["groups_kept"] == 1
+    assert stats["ratio_max_dev_first"] < 1e-4
+    assert not {"value_loss", "explained_variance", "value_grad_norm"} & set(stats)
+
+
+def test_groups_need_no_value_head():
+    algorithm = make_group_algorithm()
+    assert algorithm.value_head is None
+    assert algorithm.state_dict() == {}
+    assert len(algorithm.optimizer.param_groups) == 2
+    algorithm.load_state_dict({})
+
+
+def test_the_filter_leaves_groups_outside_its_range_alone():
+    rollouts = [make_groups(make_group_algorithm().adapter, successes) for successes in ((1, 3), (1, 2))]
+    after = []
+    for rollout in rollouts:
+        algorithm = make_group_algorithm(group_filter=(0.1, 0.5))
+        stats = algorithm.update(iter([rollout])).to_log_dict()
+        assert stats["groups_kept"] == 0.5
+        after.append(snapshot(algorithm.policy))
+    # what the second group did makes no difference
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+def test_without_a_group_to_learn_from_nothing_changes_but_the_version():
+    algorithm = make_group_algorithm(group_filter=(0.1, 0.9))
+    before = snapshot(algorithm.policy)
+    stats = algorithm.update(iter([make_groups(algorithm.adapter, (0, 3))])).to_log_dict()
+    assert not changed(before, algorithm.policy)
+    assert (stats["groups_kept"], stats["minibatches"], algorithm.optimization_step) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "episode"])
+def test_weights_of_the_groups_that_are_kept_have_mean_one(aggregation, monkeypatch):
+    algorithm = make_group_algorithm(n_epochs=1, group_filter=(0.1, 0.9), loss_aggregation=aggregation)
+    rollout = make_rollout(algorithm.adapter, lengths=(1, 2, 3, 4, 4, 4))
+    rollout.task_id, rollout.init_state_id = (
+        torch.zeros(6, dtype=torch.int64),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+    )
+    seen = []
+    take = algorithm._take
+    monkeypatch.setattr(
+        algorithm, "_take", lambda tensors, rows: seen.append(take(tensors, rows)) or seen[-1]
+    )
+    algorithm.update(iter([rollout]))
+    weights = torch.cat([data["weights"] for data in seen if "weights" in data])
+    assert len(weights) == 6
+    assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_episodes_without_groups_are_refused():
+    algorithm = make_group_algorithm()
+    rollout = make_groups(algorithm.adapter, (1, 2))
+    rollout.init_state_id[1] = 7
+    with pytest.raises(ValueError, match="groups of 3"):
+        algorithm.update(iter([rollout]))

@@ -120,6 +120,15 @@ def test_walk_visits_every_task_and_initial_state_once_before_it_starts_again():
     assert [spec.number for spec in walk] == list(range(12))
 
 
+def test_groups_visit_each_place_of_the_walk_several_times_in_a_row_under_numbers_of_their_own():
+    walk = episode_specs({2: 3, 5: 3}, 0, 12, group_size=3)
+    assert [(spec.task_id, spec.init_state_id) for spec in walk] == [
+        *([(2, 0)] * 3), *([(5, 0)] * 3), *([(2, 1)] * 3), *([(5, 1)] * 3)
+    ]  # fmt: skip
+    assert [spec.number for spec in walk] == list(range(12))
+    assert episode_specs({2: 3, 5: 3}, 6, 6, group_size=3) == walk[6:]
+
+
 def test_walk_continues_where_the_iteration_before_ended():
     num_init_states = {0: 5, 1: 7, 2: 1}
     parts = [episode_specs(num_init_states, start, 4) for start in range(0, 40, 4)]

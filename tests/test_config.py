@@ -314,6 +314,13 @@ VALUES = {
     "n_envs": (8, [1, 1024], [*NOT_AN_INTEGER, 0, 1025]),
     "async_envs": (True, [False], NOT_A_FLAG),
     "max_episode_steps": (520, [1, 10**6, None], [*but_null(NOT_AN_INTEGER), 0]),
+    "advantage": ("grpo", ["gae"], [*NOT_A_NAME, "reinforce"]),
+    "group_size": (4, [2, 1024, None], [*but_null(NOT_AN_INTEGER), 0, 1, 1025]),
+    "group_filter": (
+        [0.1, 0.9],
+        [[0, 1], [0.5, 0.5], None],
+        [0.5, "0.1", [0.1], [0.1, 0.5, 0.9], [-0.1, 0.5], [0.5, 1.1], [True, 1], [None, 1]],
+    ),
     "gamma": (0.9, [0, 1], NOT_A_FRACTION),
     "gae_lambda": (0.9, [0, 1], NOT_A_FRACTION),
     "bootstrap_truncation": (False, [True], NOT_A_FLAG),
@@ -349,6 +356,8 @@ VALUES = {
 BESIDE = {
     "gripper_temperature": {"gripper": "bernoulli_last"},
     "noise_anneal_iterations": {"noise_anneal_to": 0.5},
+    "group_size": {"advantage": "grpo", "episodes_per_iteration": 1024},
+    "group_filter": {"advantage": "grpo"},
     "noise_anneal_to": {"noise_anneal_iterations": 10},
 }
 WIRE_VALUES = {
@@ -415,7 +424,8 @@ def test_what_a_file_holds_instead_of_a_value_is_refused_before_it_is_converted(
     cls, prefix = (WireConfig, "wire.") if name in WIRE else (PiRLConfig, "")
     hint = typing.get_type_hints(cls)[name]
     optional = isinstance(hint, types.UnionType)
-    kind = typing.get_args(hint)[0] if optional else typing.get_origin(hint) or hint
+    kind = typing.get_args(hint)[0] if optional else hint
+    kind = typing.get_origin(kind) or kind
     for value in RAW_INSTEAD_OF[dict if dataclasses.is_dataclass(kind) else kind]:
         if value is None and optional:
             continue
@@ -452,6 +462,26 @@ def test_whatever_a_file_holds_either_passes_or_is_refused_by_name(name, value):
             "algorithm.gripper_temperature=0.5 does nothing with algorithm.gripper='exclude'",
         ),
         (
+            {"group_size": 4},
+            "algorithm.group_size=4 does nothing with algorithm.advantage='gae'",
+        ),
+        (
+            {"advantage": "grpo", "gae_lambda": 0.9},
+            "algorithm.gae_lambda=0.9 does nothing with algorithm.advantage='grpo'",
+        ),
+        (
+            {"advantage": "grpo", "group_size": 5, "episodes_per_iteration": 64},
+            "algorithm.episodes_per_iteration=64 is no multiple of the group size 5",
+        ),
+        (
+            {"advantage": "grpo", "group_filter": [0.9, 0.1]},
+            "algorithm.group_filter=[0.9, 0.1] is empty",
+        ),
+        (
+            {"noise_anneal_to": 0.5},
+            "algorithm.noise_anneal_iterations=0 and algorithm.noise_anneal_to=0.5 do nothing without each other",
+        ),
+        (
             {"micro_batch_size": 64, "minibatch_size": 32},
             "algorithm.micro_batch_size=64 exceeds algorithm.minibatch_size=32",
         ),
@@ -484,6 +514,7 @@ def test_the_defaults_are_those_of_a_single_gpu_run():
         **{"noise_anneal_iterations": 0, "noise_anneal_to": None},
         **{"gripper": "exclude", "gripper_temperature": None, "step_loss_weight": "inv_sensitivity"},
         **{"episodes_per_iteration": 64, "n_envs": 16, "async_envs": False, "max_episode_steps": None},
+        **{"advantage": "gae", "group_size": None, "group_filter": None},
         **{"gamma": 0.99, "gae_lambda": 0.95, "bootstrap_truncation": True, "normalize_advantage": True},
         **{"loss_aggregation": "token", "clip_range": 0.2, "dual_clip": 3.0, "clip_range_vf": 0.2},
         **{"huber_delta": 10.0, "n_epochs": 1, "minibatch_size": 512, "micro_batch_size": 32},
@@ -845,7 +876,7 @@ CRITICAL = {
     *("variant", "num_denoising_steps", "n_action_steps", "noise_level", "last_step_std_position"),
     *("last_step_std_rotation", "last_step_prob", "gripper", "gripper_temperature", "episodes_per_iteration"),
     *("max_episode_steps", "gamma", "gae_lambda", "bootstrap_truncation", "loss_aggregation"),
-    *("noise_anneal_iterations", "noise_anneal_to"),
+    *("noise_anneal_iterations", "noise_anneal_to", "advantage", "group_size", "group_filter"),
     *("normalize_advantage", "step_loss_weight", "clip_range", "dual_clip", "clip_range_vf", "huber_delta"),
     *("n_epochs", "minibatch_size", "micro_batch_size", "target_kl", "critic_warmup_iterations"),
     *("learning_rate", "value_learning_rate", "betas", "weight_decay", "grad_clip_norm", "value_hidden_dims"),

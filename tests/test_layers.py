@@ -29,6 +29,7 @@ ORDER: list[set[str]] = [
     {"evaluate"},
     {"collector"},
     {"algorithm"},
+    {"diagnostics", "value"},
     # from what a user wrote to a config
     {"config"},
     {"inert", "options", "parsing"},

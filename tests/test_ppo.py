@@ -240,3 +240,37 @@ def test_explained_variance_of_perfect_constant_and_opposite_values():
     assert ppo.explained_variance(torch.full((3,), 7.0), returns) == pytest.approx(0)
     assert ppo.explained_variance(-returns, returns) == pytest.approx(-3)
     assert math.isnan(ppo.explained_variance(returns, torch.ones(3)))
+
+
+# advantages within groups
+
+
+def test_group_advantages_equal_the_definition():
+    returns = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    found = ppo.group_advantages(returns, 4)
+    for start in (0, 4):
+        group = returns[start : start + 4].tolist()
+        mean = sum(group) / 4
+        std = math.sqrt(sum((value - mean) ** 2 for value in group) / 3)
+        expected = [(value - mean) / (std + 1e-6) for value in group]
+        assert found[start : start + 4].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
+def test_a_group_without_differences_gets_zeros(value):
+    assert ppo.group_advantages(torch.full((6,), value), 3).tolist() == [0.0] * 6
+
+
+def test_group_advantages_do_not_depend_on_shift_scale_or_other_groups():
+    generator = torch.Generator().manual_seed(0)
+    returns = torch.randn(8, generator=generator)
+    found = ppo.group_advantages(returns, 4)
+    torch.testing.assert_close(ppo.group_advantages(3 * returns + 7, 4), found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ppo.group_advantages(returns[:4], 4), found[:4])
+
+
+def test_the_range_of_groups_includes_its_ends():
+    success = torch.tensor([[i < n for i in range(10)] for n in (0, 1, 5, 9, 10)]).flatten()
+    assert ppo.groups_in_range(success, 10, 0.1, 0.9).tolist() == [False, True, True, True, False]
+    assert ppo.groups_in_range(success, 10, 0.2, 0.8).tolist() == [False, False, True, False, False]
+    assert ppo.groups_in_range(success, 10, 0.0, 1.0).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lerobot_pirl.rollout import Rollout, compute_returns, concatenate, derive_seed
+from lerobot_pirl.rollout import Rollout, compute_returns, concatenate, derive_seed, group_returns
 
 LENGTHS, SUCCESS = (3, 1, 2, 4), (True, False, False, True)
 
@@ -277,3 +277,27 @@ def test_derived_seeds_repeat_and_fit_31_bits():
 def test_derived_seeds_depend_on_every_key_and_on_their_order():
     seeds = {derive_seed(*keys) for keys in ((1, 2, 3), (9, 2, 3), (1, 9, 3), (1, 2, 9), (3, 2, 1))}
     assert len(seeds) == 5
+
+
+# --- groups -----------------------------------------------------------------------------------------------
+
+
+def grouped(task_id: list[int], init_state_id: list[int]) -> Rollout:
+    rollout = make_rollout(lengths=(3, 2, 4, 1), success=(True, False, True, False))
+    rollout.task_id, rollout.init_state_id = torch.tensor(task_id), torch.tensor(init_state_id)
+    return rollout
+
+
+def test_the_return_of_an_episode_sums_its_rewards():
+    rollout = grouped([0, 0, 1, 1], [4, 4, 4, 4])
+    rollout.rewards[0] = 0.25
+    assert group_returns(rollout, 2).tolist() == [1.25, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("task_id", "init_state_id", "size"),
+    [([0, 1, 1, 1], [4, 4, 4, 4], 2), ([0, 0, 1, 1], [4, 4, 4, 5], 2), ([0] * 4, [4] * 4, 3)],
+)
+def test_episodes_that_form_no_groups_are_refused(task_id, init_state_id, size):
+    with pytest.raises(ValueError, match=f"its 4 episodes do not come in groups of {size}"):
+        group_returns(grouped(task_id, init_state_id), size)

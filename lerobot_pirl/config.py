@@ -30,6 +30,8 @@ RUN_RULES: Mapping[str, Rule] = {
     "save_freq": rules.integer(-1_000_000_000, 1_000_000_000),
     "log_freq": rules.integer(-1_000_000_000, 1_000_000_000),
     "env_eval_freq": rules.integer(-1_000_000_000, 1_000_000_000),
+    "early_stop_patience": rules.or_null(COUNT),
+    "allow_zero_baseline": rules.FLAG,
     "keep_last_n": rules.or_null(COUNT),
     "accept_changes": rules.Rule("names with commas between them", lambda value: isinstance(value, str)),
 }
@@ -59,6 +61,10 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
     dataset: dict[str, Any] | None = None
     # Updates between two noise-free evaluations of `eval.n_episodes` episodes; 0 or less: none.
     env_eval_freq: int = 0
+    # End the run when the best policy is so many evaluations old; not given: never.
+    early_stop_patience: int | None = None
+    # Train on although the evaluation of the starting policy counted no success.
+    allow_zero_baseline: bool = False
     # Checkpoints to keep besides the best one; not given: all.
     keep_last_n: int | None = None
     # On resume: metadata fields and options, by full name and with commas between them, that may differ.
@@ -86,6 +92,10 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         self.algorithm.validate()
         rules.check(self, RUN_RULES)
         rules.check(self.eval, EVAL_RULES, "eval.")
+        if self.early_stop_patience is not None and self.env_eval_freq <= 0:
+            raise ValueError(
+                f"early_stop_patience={self.early_stop_patience} does nothing without evaluations; set env_eval_freq"
+            )
         self._resolve_pretrained_from_cli()
         # what LeRobot makes of this machine's cores is no choice of the user's, and no checkpoint shall carry it away
         if self.eval.batch_size == EvalConfig(n_episodes=self.eval.n_episodes).batch_size:

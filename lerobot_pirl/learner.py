@@ -14,7 +14,7 @@ from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import describe_run, log_overrides, make_adapter
 from lerobot_pirl.inbox import Inbox
 from lerobot_pirl.metadata import one_line
-from lerobot_pirl.metrics import MetricsLog, iteration_line
+from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
 from lerobot_pirl.plots import plot_run, summary
 from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.transport import LearnerServer
@@ -23,6 +23,15 @@ from lerobot_pirl.wire import Message
 logger = logging.getLogger(__name__)
 
 RETRY_SAVING_S = 10
+ZERO_BASELINE = """the starting policy succeeded in none of {episodes} episodes without noise, and there is nothing to \
+reinforce. Usual causes:
+  - the policy was not trained for these tasks, or policy.path names another one
+  - env.control_mode is 'relative' where the policy predicts absolute poses
+  - the processors beside the weights are not those it was trained with: images normalised once, domain_id, tokenizer
+  - policy.tokenizer_name is not the tokenizer it was trained with
+  - algorithm.n_action_steps or algorithm.num_denoising_steps is far from what it was trained with
+  - max_episode_steps ends episodes before a success is possible
+Measure it with lerobot-eval first; allow_zero_baseline=true trains on regardless"""
 
 
 class _Interrupts:
@@ -109,6 +118,14 @@ class Learner:
         every = self.cfg.env_eval_freq
         return every > 0 and self.version % every == 0 and self.progress.evaluated_version != self.version
 
+    @property
+    def _is_stale(self) -> bool:
+        """Whether the best policy is as many evaluations old as the user has patience for."""
+        patience, progress = self.cfg.early_stop_patience, self.progress
+        if patience is None or progress.best_version < 0:
+            return False
+        return progress.evaluated_version - progress.best_version >= patience * self.cfg.env_eval_freq
+
     def publish(self) -> None:
         """Offer the present weights to all actors, with what they shall do with them."""
         header = {
@@ -155,6 +172,8 @@ class Learner:
         best = progress.best_version < 0 or success_rate > progress.best_success_rate
         if best:
             progress.best_version, progress.best_success_rate = self.version, success_rate
+        if self.version == 0 and success_rate == 0 and not self.cfg.allow_zero_baseline:
+            raise launch.RunError(ZERO_BASELINE.format(episodes=len(evaluation)))
         # a checkpoint of this version may have been written before its evaluation: by an interrupt, or without any
         if best or self.saved_version == self.version:
             self.save(again=True)
@@ -180,10 +199,7 @@ class Learner:
             "policy_version": rollout.policy_version,
             "episodes": self.progress.episodes,
             "env_steps": self.progress.env_steps,
-            "rollout/success_rate": float(rollout.success.float().mean()),
-            "rollout/reward_mean": float(rollout.rewards.sum() / len(rollout.episode_lengths)),
-            "rollout/episode_length": float(rollout.env_steps.float().mean()),
-            "rollout/gripper_flip_rate": rollout.stats.get("gripper_flips", 0.0) / len(rollout),
+            **rollout_record(rollout),
             **{f"train/{name}": value for name, value in stats.to_log_dict().items()},
             "time/env_s": rollout.stats.get("env_s", 0.0),
             "time/inference_s": rollout.stats.get("inference_s", 0.0),
@@ -191,9 +207,6 @@ class Learner:
             "time/transfer_s": max(0.0, now - started - collect_s - update_s),
             "time/iteration_s": now - started,
         }
-        for task_id in rollout.task_id.unique().tolist():
-            success = rollout.success[rollout.task_id == task_id].float().mean()
-            record[f"rollout/success_rate_task{task_id}"] = float(success)
         self.metrics.write(record)
         if self.cfg.log_freq > 0 and (
             self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps
@@ -231,7 +244,7 @@ class Learner:
         try:
             self.publish()
             self.evaluate()
-            while self.version < self.cfg.steps:
+            while self.version < self.cfg.steps and not self._is_stale:
                 self.iterate()
                 self.evaluate()
                 if self.unsaved or should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps):
@@ -239,6 +252,8 @@ class Learner:
                 self.interrupts.check()
             self._save_whole()
             ok, reason = True, f"{self.version} updates are done"
+            if self._is_stale:
+                reason += f"; policy {self.progress.best_version} is the best for {self.cfg.early_stop_patience} evaluations"
         except KeyboardInterrupt:
             reason = "the learner was interrupted"
             self._save_whole()

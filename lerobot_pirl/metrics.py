@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lerobot_pirl.rollout import Rollout
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -88,6 +90,20 @@ class MetricsLog:
         """End the wandb run, if there is one."""
         if self.wandb:
             self.wandb._wandb.finish()
+
+
+def rollout_record(rollout: Rollout) -> dict[str, float]:
+    """Return what a rollout says about the policy that collected it, exploration included."""
+    record = {
+        SUCCESS: float(rollout.success.float().mean()),
+        "rollout/reward_mean": float(rollout.rewards.sum() / len(rollout.episode_lengths)),
+        "rollout/episode_length": float(rollout.env_steps.float().mean()),
+        "rollout/gripper_flip_rate": rollout.stats.get("gripper_flips", 0.0) / len(rollout),
+    }
+    for task_id in rollout.task_id.unique().tolist():
+        success = rollout.success[rollout.task_id == task_id].float().mean()
+        record[f"{SUCCESS}_task{task_id}"] = float(success)
+    return record
 
 
 def iteration_line(record: dict[str, Any], steps: int) -> str:

@@ -756,6 +756,13 @@ def test_the_number_of_updates_counts_in_the_hash_of_a_scheduled_run_alone():
     assert valid_hash(base(steps=5, scheduler=schedule)) != valid_hash(base(steps=6, scheduler=schedule))
 
 
+def test_patience_needs_evaluations():
+    assert refused(base(early_stop_patience=3)).startswith(
+        "early_stop_patience=3 does nothing without evaluations"
+    )
+    decode(base(early_stop_patience=3, env_eval_freq=5)).validate()
+
+
 def test_accepted_changes_belong_to_a_resume():
     message = refused(base(accept_changes="algorithm.gamma"))
     assert message.startswith("accept_changes='algorithm.gamma' does nothing without resume=true")

@@ -241,7 +241,7 @@ def test_a_rollout_that_comes_before_the_evaluation_is_kept(learner):
 
 
 def test_an_evaluation_of_another_version_is_left_out(learner, caplog):
-    learner.cfg.env_eval_freq = 1
+    learner.cfg.env_eval_freq, learner.cfg.allow_zero_baseline = 1, True
     evaluated(learner, [True], version=3)
     evaluated(learner, [False])
     learner.evaluate()
@@ -260,7 +260,7 @@ def test_a_version_is_evaluated_once(learner):
 
 @pytest.mark.parametrize("success", [True, False])
 def test_an_evaluation_that_comes_after_the_checkpoint_of_its_version_is_put_into_it(learner, success):
-    learner.cfg.env_eval_freq = 1
+    learner.cfg.env_eval_freq, learner.cfg.allow_zero_baseline = 1, True
     learner.progress.best_version, learner.progress.best_success_rate = 0, 0.5
     learner.save()
     evaluated(learner, [success])
@@ -274,6 +274,54 @@ def test_a_learner_that_gets_no_evaluation_gives_up_with_a_sentence(learner):
     learner.cfg.env_eval_freq = 1
     with pytest.raises(RunError, match="no evaluation for 1 s with 0 actors"):
         learner.evaluate()
+
+
+def test_a_policy_that_never_succeeds_is_not_trained(learner):
+    learner.cfg.env_eval_freq = 1
+    evaluated(learner, [False, False])
+    with pytest.raises(RunError, match="none of 2 episodes without noise") as caught:
+        learner.run()
+    for word in (
+        "control_mode",
+        "processors",
+        "domain_id",
+        "tokenizer",
+        "lerobot-eval",
+        "allow_zero_baseline",
+    ):
+        assert word in str(caught.value)
+    assert learner.version == 0
+    assert decode(learner.server._service.last_words).header["ok"] is False
+
+
+def test_it_is_trained_if_the_user_says_so(learner):
+    learner.cfg.env_eval_freq, learner.cfg.allow_zero_baseline, learner.cfg.steps = 5, True, 1
+    evaluated(learner, [False])
+    deliver(learner)
+    learner.run()
+    assert learner.version == 1
+
+
+def test_a_run_ends_when_its_best_policy_is_old(learner):
+    learner.cfg.env_eval_freq, learner.cfg.early_stop_patience, learner.cfg.steps = 1, 2, 9
+    outcomes = {0: [True, False], 1: [True, True], 2: [True, False], 3: [True, False]}
+    publish = learner.publish
+
+    def publish_and_answer() -> None:
+        publish()
+        evaluated(learner, outcomes[learner.version])
+        deliver(learner)
+
+    learner.publish = publish_and_answer
+    learner.run()
+    assert learner.version == 3
+    assert decode(learner.server._service.last_words).header == {
+        "ok": True,
+        "reason": "3 updates are done; policy 1 is the best for 2 evaluations",
+    }
+    assert learner._is_stale
+    learner.progress.evaluated_version = 2
+    assert not learner._is_stale
 
 
 # a disk that refuses

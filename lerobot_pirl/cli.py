@@ -28,20 +28,31 @@ def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def _plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """Draw the curves of runs as learning_curve.png in their output folders."""
+    """Draw the curves of runs as learning_curve.png in their output folders, and several runs together."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--together",
+        metavar="FILE",
+        help="also draw the mean success of all runs, with its 95 %% interval, into this PNG",
+    )
 
     def run(args: argparse.Namespace) -> int:
-        from lerobot_pirl.plots import plot_run, summary
+        from lerobot_pirl.plots import plot_run, plot_together, summary
 
-        failed = False
+        good = []
         for folder in args.runs:
             try:
                 print(f"{folder}: {summary(folder)}; {plot_run(folder)}")
+                good.append(folder)
             except (ValueError, OSError) as error:
-                failed = True
                 print(error, file=sys.stderr)
-        return EXIT_FAILED if failed else 0
+        if args.together and good:
+            try:
+                print(f"{len(good)} runs together: {plot_together(good, args.together)}")
+            except (ValueError, OSError) as error:
+                print(f"{args.together} cannot be written: {error}", file=sys.stderr)
+                return EXIT_FAILED
+        return EXIT_FAILED if len(good) < len(args.runs) else 0
 
     return run
 

@@ -1,7 +1,10 @@
 """Pictures of a run, drawn from its ``metrics.jsonl``."""
 
+import contextlib
 import json
 import math
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,37 +58,101 @@ def sparkline(values: list[float]) -> str:
 
 
 def plot_run(run_dir: Path) -> Path:
-    """Draw success, PPO's health and the time split of a run; returns the PNG's path."""
+    """Draw success, PPO's health (also per denoising step) and the time split of a run; returns the PNG's path."""
+    everything = read_metrics(run_dir)
+    records, evaluations = _holding(everything, SUCCESS), _holding(everything, EVALUATED)
+    iterations = _column(records, "iteration")
+    with _figure(Path(run_dir) / CURVE_FILE, 2, 3) as ((curve, kl, clip), (value, ratio, times)):
+        success = _percent(records, SUCCESS)
+        curve.plot(iterations, success, color="tab:blue", alpha=0.3, label="with noise, per iteration")
+        window = max(1, len(success) // 10)
+        curve.plot(iterations, moving_average(success, window), color="tab:blue", label=f"mean of {window}")
+        if evaluations:
+            rates = _percent(evaluations, EVALUATED)
+            curve.plot(
+                _column(evaluations, "iteration"), rates, "o-", color="tab:orange", label="without noise"
+            )
+        curve.set(title="Success", ylabel="%", ylim=(0, 100))
+        for axes, name, title in (
+            (kl, "approx_kl", "Approximate KL"),
+            (clip, "clip_fraction", "Clip fraction"),
+        ):
+            _draw_per_step(axes, records, f"train/{name}")
+            axes.set(title=f"{title}, per denoising step", ylim=(0, None))
+        value.plot(iterations, _column(records, "train/explained_variance"))
+        value.set(title="Explained variance of the value function", ylim=(-1, 1))
+        for name, label in (
+            ("ratio_max", "largest"),
+            ("ratio_max_dev_first", "off 1 in the first minibatch"),
+        ):
+            ratio.plot(iterations, _column(records, f"train/{name}"), label=label)
+        ratio.set(title="Probability ratio", ylim=(0, None))
+        split = [_column(records, f"time/{name}_s") for name in _TIMES]
+        times.stackplot(iterations, *split, labels=_TIMES)
+        times.set(title="Time of an iteration", ylabel="s")
+    return Path(run_dir) / CURVE_FILE
+
+
+def plot_together(run_dirs: list[Path], path: Path) -> Path:
+    """Draw the mean success of runs, such as seeds of one config, with its 95 % interval; returns the PNG's path.
+
+    The interval is 1.96 standard errors of the mean over the runs that have a record of the iteration.
+    """
+    runs = [read_metrics(run_dir) for run_dir in run_dirs]
+    with _figure(path, 1, 2) as ((noisy, evaluated),):
+        for axes, name, title in ((noisy, SUCCESS, "with noise"), (evaluated, EVALUATED, "without noise")):
+            curves = [dict(zip(_column(h, "iteration"), _percent(h, name), strict=True))
+                      for h in (_holding(run, name) for run in runs)]  # fmt: skip
+            for curve in curves:
+                axes.plot(list(curve), list(curve.values()), color="tab:gray", alpha=0.4)
+            at = sorted(set().union(*curves))
+            bands = [mean_and_interval([curve[i] for curve in curves if i in curve]) for i in at]
+            means, halves = [mean for mean, _ in bands], [half for _, half in bands]
+            axes.plot(at, means, color="tab:blue", label=f"mean of {len(runs)} runs, 95 % interval")
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color="tab:blue", alpha=0.2)
+            axes.set(title=f"Success {title}", ylabel="%", ylim=(0, 100))
+    return path
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean and half its 95 % interval, 1.96 standard errors; 0 for a single value."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    return mean, 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+
+
+@contextlib.contextmanager
+def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
+    """Give axes ``[rows][columns]`` over policy updates and write them to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    everything = read_metrics(run_dir)
-    records, evaluations = _holding(everything, SUCCESS), _holding(everything, EVALUATED)
-    iterations = _column(records, "iteration")
-    success = [100 * value for value in _column(records, SUCCESS)]
-    figure, (curve, health, times) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    curve.plot(iterations, success, color="tab:blue", alpha=0.3, label="per iteration")
-    window = max(1, len(success) // 10)
-    curve.plot(iterations, moving_average(success, window), color="tab:blue", label=f"mean of {window}")
-    if evaluations:
-        rates = [100 * value for value in _column(evaluations, EVALUATED)]
-        curve.plot(_column(evaluations, "iteration"), rates, "o-", color="tab:orange", label="without noise")
-    curve.set(title="Success of the noisy rollouts", xlabel="policy updates", ylabel="%", ylim=(0, 100))
-    curve.legend()
-    health.plot(iterations, _column(records, "train/approx_kl"), label="approx. KL")
-    health.plot(iterations, _column(records, "train/clip_fraction"), label="clip fraction")
-    health.set(title="PPO", xlabel="policy updates", ylim=(0, None))
-    health.legend()
-    split = [_column(records, f"time/{name}_s") for name in _TIMES]
-    times.stackplot(iterations, *split, labels=_TIMES)
-    times.set(title="Time of an iteration", xlabel="policy updates", ylabel="s")
-    times.legend(loc="upper right")
-    path = Path(run_dir) / CURVE_FILE
+    size = (5 * columns, 4 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield axes
+    for each in axes.flat:
+        each.set(xlabel="policy updates")
+        if each.get_legend_handles_labels()[0]:
+            each.legend()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
-    return path
+
+
+def _percent(records: list[dict[str, Any]], name: str) -> list[float]:
+    return [100 * value for value in _column(records, name)]
+
+
+def _draw_per_step(axes: Any, records: list[dict[str, Any]], name: str) -> None:
+    """Draw a number's curve, and thinner those of its denoising steps, where there are several."""
+    iterations = _column(records, "iteration")
+    axes.plot(iterations, _column(records, name), color="black", label="all")
+    steps = {key for record in records for key in record if key.startswith(f"{name}_step")}
+    for key in sorted(steps, key=lambda key: int(key.rpartition("step")[2])):
+        axes.plot(iterations, _column(records, key), linewidth=0.8, label=f"step {key.rpartition('step')[2]}")
 
 
 def summary(run_dir: Path) -> str:

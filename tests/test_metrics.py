@@ -1,6 +1,7 @@
 """A run's numbers: what is written, what a resume keeps, and the pictures drawn of them."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ from lerobot_pirl import cli
 from lerobot_pirl.launch import parse_config
 from lerobot_pirl.learner import Learner
 from lerobot_pirl.metrics import MetricsLog, iteration_line
-from lerobot_pirl.plots import moving_average, plot_run, read_metrics, sparkline, summary
+from lerobot_pirl.plots import mean_and_interval, moving_average, plot_run, read_metrics, sparkline, summary
 from tests.test_checkpoint import new_run
 
 
@@ -266,7 +267,56 @@ def test_evaluations_are_drawn_where_they_were_made_and_do_not_disturb_the_rest(
     ]
     assert lines[0].pop("without noise") == ([0, 2, 4], [0.0, 25.0, 100.0])
     assert lines[0] == lines[1]
-    assert lines[0]["per iteration"] == ([1, 2, 3, 4], [100 * rate for rate in rates])
+    assert lines[0]["with noise, per iteration"] == ([1, 2, 3, 4], [100 * rate for rate in rates])
+
+
+def test_denoising_steps_have_curves_of_their_own(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    steps = {"train/approx_kl_step0": 0.1, "train/approx_kl_step10": 0.4, "train/approx_kl_step2": 0.2}
+    lines = [json.dumps(record(i) | steps) for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    plot_run(tmp_path)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[1].lines}
+    assert list(drawn) == ["all", "step 0", "step 2", "step 10"]
+    assert drawn["step 10"] == [0.4, 0.4]
+
+
+def test_runs_together_have_a_mean_and_an_interval(tmp_path, monkeypatch, capsys):
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    folders = []
+    for name, rates in {"a": [0.2, 0.4, 0.9], "b": [0.4, 0.4], "c": [0.6, 0.4]}.items():
+        write_run(tmp_path / name, rates, {0: rates[0]})
+        folders.append(str(tmp_path / name))
+    path = tmp_path / "together.png"
+    assert cli.main(["plot", *folders, "--together", str(path)]) == 0
+    assert f"3 runs together: {path}" in capsys.readouterr().out
+    assert path.read_bytes().startswith(b"\x89PNG")
+    noisy, evaluated = figures[-1].axes
+    mean = {line.get_label(): line for line in noisy.lines}["mean of 3 runs, 95 % interval"]
+    assert list(mean.get_xdata()) == [1, 2, 3]
+    assert list(mean.get_ydata()) == pytest.approx([40, 40, 90])
+    # the standard deviation of 20, 40, 60 is 20
+    low, high = noisy.collections[0].get_datalim(noisy.transData).intervaly
+    assert (low, high) == pytest.approx((40 - 1.96 * 20 / math.sqrt(3), 90), abs=0.1)
+    assert list(evaluated.lines[-1].get_ydata()) == pytest.approx([40])
+
+
+def test_one_run_has_no_interval():
+    assert mean_and_interval([3.0]) == (3.0, 0.0)
+    mean, half = mean_and_interval([1.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(1.96))
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.2, 0.4])
+    assert cli.main(["plot", str(tmp_path / "a"), "--together", str(tmp_path / "none" / "x.png")]) == 1
+    assert f"{tmp_path}/none/x.png cannot be written" in capsys.readouterr().err
 
 
 def test_a_run_that_was_only_evaluated_has_no_curve(tmp_path):

@@ -11,7 +11,7 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.policies.factory import make_policy
 from lerobot.utils.random_utils import set_seed
 
-from lerobot_pirl import checkpoint, folders, registry
+from lerobot_pirl import checkpoint, folders, registry, rules
 from lerobot_pirl.metadata import Metadata, flat_options, make_metadata
 from lerobot_pirl.policies.base import PolicyAdapter
 
@@ -33,12 +33,12 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
     set_seed(cfg.seed)
     try:
         policy = make_policy(cfg.policy, env_cfg=cfg.env)
-    except (AssertionError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        # sizes that do not go together are found deep inside the policy
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise ValueError(
-            f"no policy can be built from the options under `policy` ({type(error).__name__}: {reason}); correct them"
-        ) from error
+    except (AssertionError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        # sizes that do not go together are found deep inside the policy; torch gives each tensor a line
+        reason = rules.shown(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}")
+        weights = cfg.policy.pretrained_path
+        what = f"the weights in {weights} do not fit" if weights else "no policy can be built from"
+        raise ValueError(f"{what} the options under `policy` ({reason}); correct them") from error
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(
             "the options under `policy` leave nothing to train, such as train_policy_transformer=False"

@@ -152,7 +152,9 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         if self.scheduler is None:
             return
         try:
-            self.scheduler.build(torch.optim.SGD([torch.zeros(1)]), self.steps)
+            scheduler = self.scheduler.build(torch.optim.SGD([torch.zeros(1)]), self.steps)
+            for step in (1, self.steps // 2, self.steps):
+                scheduler.lr_lambdas[0](step)
         except (ImportError, ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(
                 f"scheduler of type {self.scheduler.type!r} cannot be built ({type(error).__name__}: "

@@ -223,8 +223,10 @@ class Learner:
         if (saved and not again) or not self.cfg.save_checkpoint:
             return True
         try:
+            # the log of a checkpoint's iterations is on the disk before the checkpoint is
+            self.metrics.flush()
             path = checkpoint.save(self.cfg, self.adapter, self.algorithm, self.metadata, self.progress)
-        except checkpoint.CheckpointError as error:
+        except (checkpoint.CheckpointError, OSError) as error:
             self.unsaved = True
             logger.error(
                 "%s; version %s is the last one saved; free space or make the folder writable",

@@ -281,7 +281,8 @@ def accept_changes(
     fields["config"] = options
     if changes and options == my_options:
         fields["config_hash"] = mine["config_hash"]
-    return fields, changes
+    # null and left out differ in the hash, but not for who reads the history
+    return fields, {name: [before, after] for name, (before, after) in changes.items() if before != after}
 
 
 def judge(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:

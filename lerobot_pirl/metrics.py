@@ -1,5 +1,6 @@
 """Where numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, wandb."""
 
+import contextlib
 import json
 import logging
 import math
@@ -61,13 +62,20 @@ class MetricsLog:
         """
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
         self._unwritten += json.dumps(clean) + "\n"
-        try:
-            self._append(self._unwritten)
-            self._unwritten = ""
-        except OSError as error:
-            logger.error("%s cannot be written (%s); its lines are kept until it can", self.path, error)
+        with contextlib.suppress(OSError):
+            self.flush()
         if self.wandb:
             self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
+
+    def flush(self) -> None:
+        """Write what a full disk has refused so far; raises the OSError when it still does."""
+        try:
+            if self._unwritten:
+                self._append(self._unwritten)
+        except OSError as error:
+            logger.error("%s cannot be written (%s); its lines are kept until it can", self.path, error)
+            raise
+        self._unwritten = ""
 
     def _append(self, text: str) -> None:
         """Append whole lines or nothing."""

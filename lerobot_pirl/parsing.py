@@ -111,14 +111,16 @@ def _local_config(name: str) -> Path | None:
 def _other_checkpoints(path: Path) -> str:
     """Return in words what to resume instead of a checkpoint that is not there."""
     checkpoint = path.parent.parent
-    found = folders.complete(checkpoint.parent)
-    if not found:
+    others = [
+        each.name for each in folders.complete(checkpoint.parent) if each.resolve() != checkpoint.resolve()
+    ]
+    if not others:
         return ""
     target = folders.link_target(checkpoint.parent, checkpoint.name)
-    where = f", because the link {checkpoint} leads to {target}" if target else ""
-    return (
-        f"{where}; complete checkpoints in {checkpoint.parent} are {', '.join(each.name for each in found)}"
+    dangling = (
+        f", because the link {checkpoint} leads to {target}" if target and not checkpoint.exists() else ""
     )
+    return f"{dangling}; complete checkpoints in {checkpoint.parent} are {', '.join(others)}"
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -731,6 +731,13 @@ def test_a_dangling_last_is_refused_with_what_there_is(parse, checkpoint):
         f"config_path={missing} is wrong: there is no file {missing}, because the link {folder}/last leads to 000004; "
         f"complete checkpoints in {folder} are 000003"
     )
+    # a link that leads to a checkpoint without its config is not what is wrong
+    (folder / "last").unlink()
+    (folder / "last").symlink_to("000003")
+    (checkpoint / "train_config.json").unlink()
+    assert refusal(parse, f"--config_path={missing}") == (
+        f"config_path={missing} is wrong: there is no file {missing}"
+    )
     missing = folder / "000005" / "pretrained_model" / "train_config.json"
     message = refusal(parse, f"--config_path={missing}")
     assert message.endswith(f"there is no file {missing}; complete checkpoints in {folder} are 000003")
@@ -740,6 +747,8 @@ def test_a_dangling_last_is_refused_with_what_there_is(parse, checkpoint):
     ("scheduler", "words"),
     [
         ({"type": "cosine_decay_with_warmup", "num_warmup_steps": 0, "num_decay_steps": 0, "peak_lr": 1.0,
+          "decay_lr": 0.1}, "ZeroDivisionError"),
+        ({"type": "cosine_decay_with_warmup", "num_warmup_steps": 3, "num_decay_steps": 0, "peak_lr": 1.0,
           "decay_lr": 0.1}, "ZeroDivisionError"),
         ({"type": "diffuser", "name": "cosine"}, "'diffuser' cannot be built"),
         ({"type": "nonsense"}, "scheduler.type='nonsense' is unknown"),

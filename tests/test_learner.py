@@ -366,6 +366,25 @@ def test_the_last_checkpoint_is_waited_for(learner, full_disk):
     assert checkpoints(learner) == ["000002", "last"]
 
 
+def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
+    append, tries = learner.metrics._append, []
+
+    def refuse_twice_at_the_end(text: str) -> None:
+        if learner.version == 2 and len(tries) < 2:
+            tries.append(text)
+            raise OSError(28, "No space left on device")
+        append(text)
+
+    monkeypatch.setattr(learner.metrics, "_append", refuse_twice_at_the_end)
+    monkeypatch.setattr(learner_module, "RETRY_SAVING_S", 0)
+    for version in range(2):
+        deliver(learner, version=version)
+    learner.run()
+    assert len(tries) == 2
+    assert [record["iteration"] for record in records(learner)] == [1, 2]
+    assert checkpoints(learner) == ["000002", "last"]
+
+
 def test_interrupts_end_the_wait_for_a_last_checkpoint(learner, full_disk, monkeypatch):
     limit, tries = full_disk
     limit["failures"] = 10**9

@@ -24,7 +24,13 @@ from tests.terminals import Run, Terminal, end_well, running
 from tests.toy import read_json
 
 RESULT = Path(__file__).parent / "results" / "kill_soak.json"
-OPTIONS = ("--save_freq=1", "--keep_last_n=2", "--env_eval_freq=2", "--eval.n_episodes=4", "--allow_zero_baseline=true")
+OPTIONS = (
+    "--save_freq=1",
+    "--keep_last_n=2",
+    "--env_eval_freq=2",
+    "--eval.n_episodes=4",
+    "--allow_zero_baseline=true",
+)
 EPISODES_PER_ITERATION = 4
 ENDLESS = "--steps=100000"
 # seconds from the first update: into its save or the next one, or anywhere

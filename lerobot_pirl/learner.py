@@ -30,7 +30,7 @@ reinforce. Usual causes:
   - the processors beside the weights are not those it was trained with: images normalised once, domain_id, tokenizer
   - policy.tokenizer_name is not the tokenizer it was trained with
   - algorithm.n_action_steps or algorithm.num_denoising_steps is far from what it was trained with
-  - max_episode_steps ends episodes before a success is possible
+  - algorithm.max_episode_steps ends episodes before a success is possible
 Measure it with lerobot-eval first; allow_zero_baseline=true trains on regardless"""
 
 
@@ -268,7 +268,7 @@ class Learner:
             self.server.end(ok=ok, reason=reason)
             self.metrics.close()
             self._draw()
-            logger.info("end: %s", reason)
+            logger.info("end: %s", reason.partition("\n")[0])
 
     def _save_whole(self) -> None:
         """Save what a resume can go on from, and wait for space if need be.

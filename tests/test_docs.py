@@ -17,7 +17,8 @@ REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
 CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text()
 # of argparse, LeRobot's parser and pip: no fields of a config
-NO_FIELDS = {"help", "config_path", "policy.path", "env.discover_packages_path", "quiet"}
+# a resume or a config names these, and other commands the rest
+NO_FIELDS = {"help", "config_path", "policy.path", "env.discover_packages_path", "quiet", "together"}
 
 
 def between(text: str, start: str, end: str) -> str:

@@ -113,6 +113,27 @@ def main(role: str) -> int:
         return EXIT_FAILED
 
 
+class Interrupts:
+    """Turns Ctrl-C into a flag, so that an update is finished and a checkpoint holds a whole iteration."""
+
+    def __init__(self) -> None:
+        """Take over SIGINT and SIGTERM."""
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("stopping after the running update; interrupt again to leave it unfinished")
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt when an interrupt has come in."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+
 def exit_process(status: int) -> None:
     """Leave at once with ``status``; interpreter teardown may wait for foreign threads or GL contexts."""
     logging.shutdown()

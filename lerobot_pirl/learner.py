@@ -1,7 +1,6 @@
 """The learner: publish version k, receive its evaluation and its rollouts, update, log, save."""
 
 import logging
-import signal
 import time
 import uuid
 from typing import Any
@@ -34,26 +33,6 @@ reinforce. Usual causes:
 Measure it with lerobot-eval first; allow_zero_baseline=true trains on regardless"""
 
 
-class _Interrupts:
-    """Turns Ctrl-C into a flag, so that an update is finished and a checkpoint holds a whole iteration."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("stopping after the running update; interrupt again to leave it unfinished")
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt when an interrupt has come in."""
-        if self.requested:
-            raise KeyboardInterrupt
-
-
 class Learner:
     """One run's learner: policy, algorithm, server and counters."""
 
@@ -75,7 +54,7 @@ class Learner:
         self.unsaved = False
         if cfg.resume:
             self._resume()
-        self.interrupts = _Interrupts()
+        self.interrupts = launch.Interrupts()
         wire = cfg.algorithm.wire
         self.server = LearnerServer(wire.host, wire.port)
         self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
@@ -244,31 +223,39 @@ class Learner:
         """Train until ``steps`` updates are done; leave a checkpoint however it ends."""
         ok, reason = False, "the learner failed"
         try:
-            self.publish()
-            self.evaluate()
-            while self.version < self.cfg.steps and not self._is_stale:
-                self.iterate()
-                self.evaluate()
-                if self.unsaved or should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps):
-                    self.save()
-                self.interrupts.check()
+            ending: BaseException | None = None
+            try:
+                self._train()
+                done = f"{self.version} updates are done"
+                if self._is_stale:
+                    done += f"; policy {self.progress.best_version} is the best for {self.cfg.early_stop_patience} evaluations"
+            except KeyboardInterrupt as interrupt:
+                ending, done = interrupt, "the learner was interrupted"
+            except launch.RunError as error:
+                ending, done = error, str(error)
+            reason = "the learner was interrupted before its last checkpoint could be written"
             self._save_whole()
-            ok, reason = True, f"{self.version} updates are done"
-            if self._is_stale:
-                reason += f"; policy {self.progress.best_version} is the best for {self.cfg.early_stop_patience} evaluations"
-        except KeyboardInterrupt:
-            reason = "the learner was interrupted"
-            self._save_whole()
-            raise
-        except launch.RunError as error:
-            reason = str(error)
-            self._save_whole()
-            raise
+            reason = done
+            if ending:
+                raise ending
+            ok = True
         finally:
             self.server.end(ok=ok, reason=reason)
             self.metrics.close()
             self._draw()
             logger.info("end: %s", reason.partition("\n")[0])
+
+    def _train(self) -> None:
+        self.publish()
+        self.evaluate()
+        while self.version < self.cfg.steps and not self._is_stale:
+            self.iterate()
+            self.evaluate()
+            due = self.unsaved or should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps)
+            # the last one is written, and waited for, when this is over
+            if due and self.version < self.cfg.steps:
+                self.save()
+            self.interrupts.check()
 
     def _save_whole(self) -> None:
         """Save what a resume can go on from, and wait for space if need be.
@@ -281,6 +268,8 @@ class Learner:
             )
             return
         while not self.save():
+            # there is no update to finish any more: one interrupt ends the wait
+            self.interrupts.requested = True
             logger.warning("trying again every %d s; interrupt to give the state up", RETRY_SAVING_S)
             time.sleep(RETRY_SAVING_S)
 

@@ -1,6 +1,5 @@
 """Where numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, wandb."""
 
-import contextlib
 import json
 import logging
 import math
@@ -23,7 +22,12 @@ class MetricsLog:
         """Open the log of a run; records of iterations and evaluations that a resumed run does again are dropped."""
         self.path = Path(cfg.output_dir) / METRICS_FILE
         self.wandb = self._open_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"output_dir={cfg.output_dir} cannot be created ({error}); choose another one"
+            ) from error
         self._drop_after(iterations_done, evaluated_version)
         self._unwritten = ""
 
@@ -62,19 +66,20 @@ class MetricsLog:
         """
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
         self._unwritten += json.dumps(clean) + "\n"
-        with contextlib.suppress(OSError):
+        try:
             self.flush()
+        except OSError as error:
+            logger.error("%s; its lines are kept until it can", error)
         if self.wandb:
             self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
 
     def flush(self) -> None:
-        """Write what a full disk has refused so far; raises the OSError when it still does."""
+        """Write what a full disk has refused so far; raises OSError, naming the file, when it still does."""
         try:
             if self._unwritten:
                 self._append(self._unwritten)
         except OSError as error:
-            logger.error("%s cannot be written (%s); its lines are kept until it can", self.path, error)
-            raise
+            raise OSError(f"{self.path} cannot be written ({error})") from error
         self._unwritten = ""
 
     def _append(self, text: str) -> None:

@@ -207,23 +207,11 @@ def test_a_run_that_ends_on_a_full_disk_waits_for_space_and_ends_well(run, limit
     assert [record["iteration"] for record in run.metrics()] == [1, 2, 3]
 
 
-# what a learner that waits for space prints when it has heard an interrupt, and when it gives up
-HEARD = "trying again every|stopping after"
-END = "end: the learner was interrupted"
-
-
 @pytest.mark.e2e
 def test_ctrl_c_ends_the_wait_for_space_with_the_last_checkpoint_intact(run):
     learner, actor = resume_limited(run, LIMITS["checkpoints"], "--steps=2")
     learner.wait_for("trying again every 10 s; interrupt to give the state up")
-    presses = 0
-    while not re.search(END, learner.text()):
-        heard = len(re.findall(HEARD, learner.text()))
-        learner.interrupt()
-        presses += 1
-        learner.wait_for(rf"(?s)(({HEARD}).*){{{heard + 1}}}|{END}")
-    # the first one is noted, the second one ends the wait for one more try
-    assert presses <= 3
+    learner.interrupt()
     assert (learner.status(), actor.status()) == (130, 1)
     assert "the learner ended: the learner was interrupted" in actor.text()
     assert "Traceback" not in learner.text()

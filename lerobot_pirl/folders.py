@@ -8,12 +8,54 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:
+    # Windows: there is no lock
+    fcntl = None
 
 LAST, BEST = "last", "best"
 # what has digests is complete: they are written last, into a folder that is renamed when it is complete
 DIGESTS_FILE = Path("training_state/pirl_digests.json")
 METADATA_FILE = Path("training_state/pirl_metadata.json")
+LOCK_FILE = ".learner.lock"
 _PARTIAL, _FORMER, _GONE = "partial", "former", "gone"
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Make an output folder the one of this process for as long as it keeps what is returned; make it if need be.
+
+    The system frees the folder of a process that ended, however it ended. A file system without locks has none.
+
+    Raises:
+        OSError: one sentence, when another process has the folder or it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # unbuffered: the number of this process is a courtesy, not to be written later
+        file = (folder / LOCK_FILE).open("ab+", buffering=0)
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OSError(f"output_dir={folder} cannot be created ({reason}); choose another one") from error
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        pid = file.read().decode(errors="replace").strip() or "unknown"
+        file.close()
+        raise OSError(
+            f"another learner (pid {pid}) trains in {folder}; stop it or choose another output_dir"
+        ) from error
+    except OSError:
+        # a file system without locks
+        pass
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+    return file
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
 """Folders that are complete or not there: atomic writes, what killed processes left, links, pruning, digests."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +46,80 @@ def links(parent: Path) -> dict[str, str]:
 
 def refuse(*args, **kwargs):
     raise OSError(28, "No space left on device")
+
+
+# one learner in a folder
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from lerobot_pirl import folders
+handle = folders.lock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A second process that has the folder."""
+    command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_is_refused_while_another_process_has_it_and_free_when_that_was_killed(holder, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OSError) as caught:
+        folders.lock(folder)
+    assert str(caught.value) == (
+        f"another learner (pid {holder.pid}) trains in {folder}; stop it or choose another output_dir"
+    )
+    assert (folder / folders.LOCK_FILE).read_text() == str(holder.pid)
+    holder.kill()
+    holder.wait()
+    with folders.lock(folder):
+        assert (folder / folders.LOCK_FILE).read_text() == str(os.getpid())
+
+
+def test_a_process_that_has_not_told_its_number_yet_is_unknown(holder, tmp_path):
+    (tmp_path / "run" / folders.LOCK_FILE).write_text("")
+    with pytest.raises(OSError, match=r"another learner \(pid unknown\) trains in"):
+        folders.lock(tmp_path / "run")
+
+
+def test_the_folder_is_made_with_its_parents(tmp_path):
+    with folders.lock(tmp_path / "some" / "where"):
+        assert (tmp_path / "some" / "where").is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        folders.lock(tmp_path / "file" / "run")
+    text = str(caught.value)
+    assert text.startswith(f"output_dir={tmp_path}/file/run cannot be created (NotADirectoryError: ")
+    assert text.endswith("); choose another one")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_has_none(number, tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with folders.lock(tmp_path), folders.lock(tmp_path):
+        pass
+
+
+def test_a_system_without_locks_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "fcntl", None)
+    with folders.lock(tmp_path), folders.lock(tmp_path):
+        pass
 
 
 # a new folder

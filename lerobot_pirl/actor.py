@@ -13,6 +13,7 @@ from lerobot_pirl.collector import Collector, episode_specs
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
 from lerobot_pirl.evaluate import evaluate, evaluation_specs
 from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
+from lerobot_pirl.registry import RegistryError
 from lerobot_pirl.transport import LearnerClient
 from lerobot_pirl.weights import load_weights
 from lerobot_pirl.wire import Message
@@ -83,7 +84,7 @@ class Actor:
         try:
             judge(self.metadata.to_dict(), theirs, "actor", "learner")
             load_weights(self.adapter.policy, message.tensors)
-        except (MetadataMismatch, ValueError) as error:
+        except (MetadataMismatch, RegistryError, ValueError) as error:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error
         version = int(message.header["policy_version"])

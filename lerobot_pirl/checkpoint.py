@@ -5,7 +5,9 @@ head, ``training_state`` the optimiser, scheduler, random states, counters, ``pi
 of all files; ``checkpoints/last`` points at the newest complete one, ``checkpoints/best`` at the best evaluated one.
 """
 
+import copy
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +32,8 @@ from lerobot_pirl.metadata import (
 )
 from lerobot_pirl.restore import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 ALGORITHM_DIR = "algorithm"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -52,6 +56,13 @@ class Progress:
     best_version: int = -1
     best_success_rate: float = 0.0
 
+    @property
+    def best(self) -> str:
+        """The best policy in words."""
+        return (
+            "none" if self.best_version < 0 else f"{self.best_success_rate:.1%} by policy {self.best_version}"
+        )
+
 
 def save(cfg: Any, adapter: Any, algorithm: Any, metadata: Metadata, progress: Progress) -> Path:
     """Write a complete checkpoint, point ``last`` at it (and ``best``, if it is), and prune if asked to.
@@ -68,25 +79,35 @@ def save(cfg: Any, adapter: Any, algorithm: Any, metadata: Metadata, progress: P
         with folders.new_folder(final) as folder:
             _write(folder, cfg, adapter, algorithm, metadata, progress)
         folders.point(folders.LAST, final)
-        best = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, progress.best_version)
-        # also when a killed process did not come to it
-        if folders.link_target(best.parent, folders.BEST) != best.name and best.is_dir():
-            folders.point(folders.BEST, best)
-        if cfg.keep_last_n is not None:
-            folders.prune(final, cfg.keep_last_n)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {final} cannot be written ({restore.line(error)})") from error
+    try:
+        _tidy(final, cfg, progress)
+    except OSError as error:
+        logger.warning("%s is written, but not everything around it (%s)", final, restore.line(error))
     return final
+
+
+def _tidy(final: Path, cfg: Any, progress: Progress) -> None:
+    """Let ``best`` lead to the best checkpoint, also when a killed process did not come to it, and prune."""
+    best = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, progress.best_version)
+    if folders.link_target(best.parent, folders.BEST) != best.name and best.is_dir():
+        folders.point(folders.BEST, best)
+    if cfg.keep_last_n is not None:
+        folders.prune(final, cfg.keep_last_n)
 
 
 def _write(
     folder: Path, cfg: Any, adapter: Any, algorithm: Any, metadata: Metadata, progress: Progress
 ) -> None:
     step = algorithm.optimization_step
+    # a resume is asked for on the command line, each time anew
+    stored = copy.copy(cfg)
+    stored.resume, stored.checkpoint_path, stored.accept_changes = False, None, ""
     save_checkpoint(
         folder,
         step,
-        cfg,
+        stored,
         adapter.policy,
         algorithm.optimizer,
         algorithm.scheduler,
@@ -113,6 +134,21 @@ def _name_package_files(folder: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def lead_last_to(cfg: Any, step: int) -> None:
+    """Let ``last`` lead to the checkpoint that a run goes on from, before its log forgets what came after it."""
+    folder = cfg.checkpoint_path
+    named = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, step)
+    if folder.parent.resolve() != named.parent.resolve():
+        return
+    if folder.name in (folders.LAST, folders.BEST):
+        # a copy that followed the links: the step is here under the link's name
+        if not named.exists():
+            folder.rename(named)
+        folder = named
+    if folders.link_target(folder.parent, folders.LAST) != folder.name:
+        folders.point(folders.LAST, folder)
 
 
 def verify(checkpoint_dir: Path, part: str = "") -> None:

@@ -1,6 +1,7 @@
 """The recipe's run config: LeRobot's with the field ``recipe`` and ``algorithm`` of type ``pi-rl``."""
 
 import datetime
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,11 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
     # On resume: metadata fields and options, by full name and with commas between them, that may differ.
     accept_changes: str = ""
 
+    @property
+    def accepted_changes(self) -> list[str]:
+        """The names in ``accept_changes``."""
+        return [name.strip() for name in self.accept_changes.split(",") if name.strip()]
+
     def validate(self, check_output_dir: bool = True) -> None:
         """Check the whole config and fill in what follows from it: the policy's config, names and folders.
 
@@ -132,8 +138,17 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             )
 
     def _check_resume_checkpoint(self) -> None:
+        if self.policy is None or self.checkpoint_path is None:
+            raise ValueError(
+                f"config_path={parser.parse_arg('config_path')} holds no policy to resume; name the "
+                "train_config.json in a checkpoint's pretrained_model folder"
+            )
+        given = Path(os.path.abspath(self.policy.pretrained_path))
+        # one folder for the whole of a resume, wherever the link leads meanwhile
+        self.policy.pretrained_path = given.resolve()
+        self.checkpoint_path = self.policy.pretrained_path.parent
         named = f"config_path={parser.parse_arg('config_path')} is no checkpoint to resume"
-        weights = Path(self.policy.pretrained_path if self.policy else "") / SAFETENSORS_SINGLE_FILE
+        weights = self.policy.pretrained_path / SAFETENSORS_SINGLE_FILE
         if not weights.is_file():
             raise ValueError(
                 f"{named}, {weights} is missing; name the train_config.json in a checkpoint's pretrained_model folder"
@@ -144,9 +159,17 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
                 f"{named} of recipe {self.recipe!r}, {metadata} is missing; start a new run from its weights with "
                 f"--policy.path={weights.parent} instead of --resume=true"
             )
+        if parser.parse_arg("output_dir"):
+            return
         # the run goes on where it lies, also after a move
-        if self.checkpoint_path.parent.name == CHECKPOINTS_DIR and not parser.parse_arg("output_dir"):
-            self.output_dir = self.checkpoint_path.parent.parent
+        if given.parent.parent.name != CHECKPOINTS_DIR:
+            raise ValueError(
+                f"{given.parent} does not lie in the folder {CHECKPOINTS_DIR!r} of a run; say with --output_dir where "
+                "the run shall go on"
+            )
+        run = given.parent.parent.parent
+        if self.output_dir is None or Path(os.path.abspath(self.output_dir)) != run:
+            self.output_dir = run
 
     def _check_scheduler(self) -> None:
         if self.scheduler is None:

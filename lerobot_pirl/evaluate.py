@@ -23,6 +23,16 @@ _FIELDS = {
     "task_id": torch.int64,
     "init_state_id": torch.int64,
 }
+# what to tell the user of a starting policy that never succeeded
+ZERO_BASELINE = """the starting policy succeeded in none of {episodes} episodes without noise, and there is nothing to \
+reinforce. Usual causes:
+  - the policy was not trained for these tasks, or policy.path names another one
+  - env.control_mode is 'relative' where the policy predicts absolute poses
+  - the processors beside the weights are not those it was trained with: images normalised once, domain_id, tokenizer
+  - policy.tokenizer_name is not the tokenizer it was trained with
+  - algorithm.n_action_steps or algorithm.num_denoising_steps is far from what it was trained with
+  - algorithm.max_episode_steps ends episodes before a success is possible
+Measure it with lerobot-eval first; allow_zero_baseline=true trains on regardless"""
 
 
 @dataclass

@@ -3,14 +3,16 @@
 import logging
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.utils.utils import format_big_number
 
-from lerobot_pirl import checkpoint, launch
+from lerobot_pirl import checkpoint, folders, launch
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import describe_run, log_overrides, make_adapter
+from lerobot_pirl.evaluate import ZERO_BASELINE
 from lerobot_pirl.inbox import Inbox
 from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
@@ -22,15 +24,6 @@ from lerobot_pirl.wire import Message
 logger = logging.getLogger(__name__)
 
 RETRY_SAVING_S = 10
-ZERO_BASELINE = """the starting policy succeeded in none of {episodes} episodes without noise, and there is nothing to \
-reinforce. Usual causes:
-  - the policy was not trained for these tasks, or policy.path names another one
-  - env.control_mode is 'relative' where the policy predicts absolute poses
-  - the processors beside the weights are not those it was trained with: images normalised once, domain_id, tokenizer
-  - policy.tokenizer_name is not the tokenizer it was trained with
-  - algorithm.n_action_steps or algorithm.num_denoising_steps is far from what it was trained with
-  - algorithm.max_episode_steps ends episodes before a success is possible
-Measure it with lerobot-eval first; allow_zero_baseline=true trains on regardless"""
 
 
 class Learner:
@@ -52,12 +45,18 @@ class Learner:
         self.progress = checkpoint.Progress()
         self.saved_version: int | None = None
         self.unsaved = False
+        self.publish_s = 0.0
+        self.best_saved = self.progress.best_version, self.progress.best_success_rate
         if cfg.resume:
+            self.lock = folders.lock(Path(cfg.output_dir))
             self._resume()
         self.interrupts = launch.Interrupts()
         wire = cfg.algorithm.wire
         self.server = LearnerServer(wire.host, wire.port)
         self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
+        if not cfg.resume:
+            # not before now: a learner that cannot start leaves no folder
+            self.lock = folders.lock(Path(cfg.output_dir))
         self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
@@ -79,17 +78,22 @@ class Learner:
 
     def _resume(self) -> None:
         log_overrides(self.cfg)
+        cfg = self.cfg
         self.progress, self.metadata = checkpoint.load(
-            self.cfg.checkpoint_path,
-            self.algorithm,
-            self.metadata,
-            [name.strip() for name in self.cfg.accept_changes.split(",") if name.strip()],
+            cfg.checkpoint_path, self.algorithm, self.metadata, cfg.accepted_changes
         )
         for entry in self.metadata.history:
             logger.info("accepted when resuming at update %d: %s", entry["version"], entry["changes"])
         # the next resume has its own say
         self.cfg.accept_changes = ""
         self.saved_version = self.version
+        self.best_saved = self.progress.best_version, self.progress.best_success_rate
+        if self.version > self.cfg.steps:
+            raise ValueError(
+                f"steps={self.cfg.steps} is less than the {self.version} updates of {self.cfg.checkpoint_path}; raise "
+                "--steps"
+            )
+        checkpoint.lead_last_to(self.cfg, self.version)
         logger.info("resumed %s at update %d", self.cfg.checkpoint_path, self.version)
 
     @property
@@ -114,7 +118,9 @@ class Learner:
             "collect": self.version < self.cfg.steps,
             "metadata": self.metadata.to_dict(),
         }
+        started = time.perf_counter()
         self.server.publish(Message("weights", header, self.algorithm.get_weights()))
+        self.publish_s = time.perf_counter() - started
         logger.debug("policy version %d published", self.version)
 
     def _asked_for(self) -> dict[str, object]:
@@ -134,6 +140,12 @@ class Learner:
         if not self._evaluation_is_due:
             return
         evaluation = self.inbox.evaluation(self._asked_for())
+        if len(evaluation) != self.cfg.eval.n_episodes:
+            raise launch.RunError(
+                f"an actor evaluated {len(evaluation)} episodes instead of eval.n_episodes={self.cfg.eval.n_episodes}; "
+                "install the same lerobot-pirl on both sides"
+            )
+        self._forget_lost_best()
         progress = self.progress
         progress.evaluated_version = self.version
         record = {"iteration": self.version, "policy_version": self.version} | evaluation.to_log_dict()
@@ -144,18 +156,25 @@ class Learner:
             self.version,
             100 * success_rate,
             len(evaluation),
-            f"{progress.best_success_rate:.1%} by policy {progress.best_version}"
-            if progress.best_version >= 0
-            else "none",
+            progress.best,
         )
         best = progress.best_version < 0 or success_rate > progress.best_success_rate
         if best:
             progress.best_version, progress.best_success_rate = self.version, success_rate
-        if self.version == 0 and success_rate == 0 and not self.cfg.allow_zero_baseline:
-            raise launch.RunError(ZERO_BASELINE.format(episodes=len(evaluation)))
         # a checkpoint of this version may have been written before its evaluation: by an interrupt, or without any
         if best or self.saved_version == self.version:
             self.save(again=True)
+
+    def _forget_lost_best(self) -> None:
+        """Go back to the best policy that was saved: one that could not be, while it was the best, is gone."""
+        if self.cfg.save_checkpoint and self.progress.best_version != self.version:
+            self.progress.best_version, self.progress.best_success_rate = self.best_saved
+
+    def _check_baseline(self) -> None:
+        """Raise RunError when the policy that training starts from was evaluated and never succeeded."""
+        never = self.progress.evaluated_version == 0 and self.progress.best_success_rate == 0
+        if self.version == 0 and never and not self.cfg.allow_zero_baseline:
+            raise launch.RunError(ZERO_BASELINE.format(episodes=self.cfg.eval.n_episodes))
 
     def iterate(self) -> None:
         """Run one iteration: wait, update, publish, log."""
@@ -164,15 +183,10 @@ class Learner:
         received = time.perf_counter()
         self.updating = True
         stats = self.algorithm.update(iter([rollout]))
-        self.updating = False
-        self.inbox.forget()
         updated = time.perf_counter()
-        self.publish()
-        now = time.perf_counter()
         self.progress.episodes += len(rollout.episode_lengths)
         self.progress.env_steps += int(rollout.env_steps.sum())
         collect_s = rollout.stats.get("collect_s", 0.0)
-        update_s = updated - received
         record = {
             "iteration": self.version,
             "policy_version": rollout.policy_version,
@@ -182,15 +196,19 @@ class Learner:
             **{f"train/{name}": value for name, value in stats.to_log_dict().items()},
             "time/env_s": rollout.stats.get("env_s", 0.0),
             "time/inference_s": rollout.stats.get("inference_s", 0.0),
-            "time/update_s": update_s,
-            "time/transfer_s": max(0.0, now - started - collect_s - update_s),
-            "time/iteration_s": now - started,
+            "time/update_s": updated - received,
+            "time/transfer_s": max(0.0, received - started - collect_s) + self.publish_s,
+            "time/iteration_s": updated - started + self.publish_s,
         }
         self.metrics.write(record)
+        # until here weights, counters and log belong to no one version
+        self.updating = False
+        self.inbox.forget()
         if self.cfg.log_freq > 0 and (
             self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps
         ):
             logger.info(iteration_line(record, self.cfg.steps))
+        self.publish()
 
     def save(self, again: bool = False) -> bool:
         """Write a checkpoint of the present version, unless none is wanted or it is there and not wanted ``again``.
@@ -201,6 +219,7 @@ class Learner:
         saved = self.saved_version == self.version and not self.unsaved
         if (saved and not again) or not self.cfg.save_checkpoint:
             return True
+        self._forget_lost_best()
         try:
             # the log of a checkpoint's iterations is on the disk before the checkpoint is
             self.metrics.flush()
@@ -215,6 +234,7 @@ class Learner:
             return False
         self.unsaved = False
         self.saved_version = self.version
+        self.best_saved = self.progress.best_version, self.progress.best_success_rate
         self.metrics.log_checkpoint(path)
         logger.info("checkpoint %s", path)
         return True
@@ -248,6 +268,7 @@ class Learner:
     def _train(self) -> None:
         self.publish()
         self.evaluate()
+        self._check_baseline()
         while self.version < self.cfg.steps and not self._is_stale:
             self.iterate()
             self.evaluate()

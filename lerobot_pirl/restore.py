@@ -67,6 +67,12 @@ def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
         raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, this run's has {tuple(expected.shape)}")
 
 
+def _check_schedule(path: Path, step: int) -> None:
+    stored = read_json(path, {"last_epoch": int})["last_epoch"]
+    if stored != step:
+        raise CheckpointError(f"{path} is of step {stored} in a checkpoint of step {step}; {ANOTHER}")
+
+
 def read_optimizer(state: Path, algorithm: Any, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the state dicts of optimiser and scheduler after ``step`` updates.
 
@@ -76,11 +82,9 @@ def read_optimizer(state: Path, algorithm: Any, step: int) -> tuple[dict[str, An
     twin, scheduler = algorithm.build_optimizer()
     if scheduler:
         path = state / SCHEDULER_STATE
-        stored_step = read_json(path, {"last_epoch": int})["last_epoch"]
-        if stored_step != step:
-            raise CheckpointError(
-                f"{path} is of step {stored_step} in a checkpoint of step {step}; {ANOTHER}"
-            )
+        # a run that had no schedule may get one, if the user accepts the change
+        if path.is_file():
+            _check_schedule(path, step)
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             # torch expects an optimiser's step before each; here the rate alone is wanted
             for _ in range(step):

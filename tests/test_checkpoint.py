@@ -1,10 +1,12 @@
 """Checkpoints: LeRobot's layout, exact continuation, refusals that restore nothing."""
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig
+from lerobot.optim.schedulers import (
+    ConstantWithWarmupSchedulerConfig,
+    CosineAnnealingWithWarmupSchedulerConfig,
+    LRSchedulerConfig,
+)
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
@@ -92,7 +98,8 @@ class Run:
             state |= {f"optimizer.{index}.{name}": value.clone() for name, value in moments.items()}
         groups = self.algorithm.optimizer.param_groups
         state |= {f"optimizer.lr{i}": torch.tensor(group["lr"]) for i, group in enumerate(groups)}
-        state["scheduler"] = torch.tensor(self.algorithm.scheduler.last_epoch)
+        scheduler = self.algorithm.scheduler
+        state["scheduler"] = torch.tensor(scheduler.last_epoch if scheduler else -1)
         state["step"] = torch.tensor(self.algorithm.optimization_step)
         state["skipped"] = torch.tensor(self.algorithm.skipped_steps)
         return state | {f"rng.{name}": value for name, value in rng_state().items()}
@@ -687,6 +694,86 @@ def test_changes_that_are_named_are_accepted_take_effect_and_stay_in_the_history
 def test_a_name_that_no_table_shows_cannot_be_accepted(name, fresh, saved):
     with pytest.raises(ValueError, match=f"accept_changes='{name}' is not allowed"):
         fresh.load(saved, name)
+
+
+def scheduled(folder: Path, schedule: LRSchedulerConfig | None) -> Run:
+    one = new_run(folder)
+    one.cfg.scheduler = schedule
+    return Run(one.cfg, one.adapter)
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "another"])
+def test_the_flag_that_a_refusal_names_changes_a_schedule(change, tmp_path):
+    cosine = CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=0)
+    constant = ConstantWithWarmupSchedulerConfig(num_warmup_steps=4)
+    before, after = {"added": (None, constant), "removed": (cosine, None), "another": (cosine, constant)}[
+        change
+    ]
+    first = scheduled(tmp_path / "first", before)
+    first.update(seed=0)
+    folder = checkpoint.save(first.cfg, first.adapter, first.algorithm, first.metadata, Progress())
+    second = scheduled(tmp_path / "second", after)
+    text = mismatch(second, folder)
+    names = re.search(r"--accept_changes=(\S+);", text)[1]
+    second.load(folder, *names.split(","))
+    share = 0.25 if after else 1.0
+    assert second.algorithm.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 * share)
+    assert set(second.metadata.history[0]["changes"]) <= set(names.split(","))
+    second.update(seed=1)
+
+
+def test_a_checkpoint_of_a_resumed_run_does_not_resume_by_itself(saved, tmp_path, monkeypatch):
+    second = resumed_run(saved, monkeypatch)
+    second.load(saved)
+    second.cfg.output_dir = tmp_path
+    config = stored_config(second.save(step=2))
+    assert (config["resume"], config["checkpoint_path"], config["accept_changes"]) == (False, None, "")
+    assert second.cfg.resume
+
+
+def going_on_from(run: Run, folder: Path) -> None:
+    cfg = dataclasses.replace(run.cfg)
+    cfg.checkpoint_path = folder.resolve()
+    checkpoint.lead_last_to(cfg, 2)
+
+
+def test_last_leads_to_the_checkpoint_that_a_run_goes_on_from(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    older, _ = run.save(step=2), run.save(step=4)
+    last = tmp_path / "checkpoints" / "last"
+    assert os.readlink(last) == "000004"
+    going_on_from(run, older)
+    assert os.readlink(last) == "000002"
+    elsewhere = shutil.copytree(older, tmp_path / "elsewhere" / "000002")
+    run.save(step=4)
+    going_on_from(run, elsewhere)
+    assert os.readlink(last) == "000004"
+
+
+@pytest.mark.parametrize("keeps_step", [True, False])
+def test_a_copy_that_followed_the_links_gets_them_back(run, tmp_path, monkeypatch, keeps_step):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path / "run")
+    run.save(step=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copied", symlinks=False)
+    checkpoints = tmp_path / "copied" / "checkpoints"
+    assert not (checkpoints / "last").is_symlink()
+    if not keeps_step:
+        shutil.rmtree(checkpoints / "000002")
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path / "copied")
+    going_on_from(run, checkpoints / "last")
+    assert os.readlink(checkpoints / "last") == "000002"
+    folders.verify(checkpoints / "last")
+    run.save(step=3)
+    assert os.readlink(checkpoints / "last") == "000003"
+
+
+def test_what_goes_wrong_around_a_written_checkpoint_does_not_unwrite_it(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    monkeypatch.setattr(run.cfg, "keep_last_n", 1)
+    monkeypatch.setattr(folders, "prune", fail)
+    folder = run.save(step=2)
+    assert os.readlink(tmp_path / "checkpoints" / "last") == "000002"
+    assert f"{folder} is written, but not everything around it" in caplog.text
 
 
 def test_a_change_that_was_not_one_leaves_no_history(fresh, saved, tmp_path):

@@ -706,6 +706,34 @@ def test_a_resume_takes_policy_and_output_folder_from_the_checkpoint(resume, che
         assert cfg.output_dir == tmp_path
 
 
+def test_a_run_goes_on_where_it_lies_whatever_the_working_folder_is(
+    resume, checkpoint, tmp_path, monkeypatch
+):
+    checkpoints = checkpoint.parent.parent
+    (checkpoints / "last").symlink_to("000003")
+    for folder, path in (
+        (tmp_path, "checkpoints/last/pretrained_model/train_config.json"),
+        (checkpoints, "last/pretrained_model/train_config.json"),
+        (checkpoint, "train_config.json"),
+        (checkpoint, "."),
+    ):
+        monkeypatch.chdir(folder)
+        cfg = resume(path)
+        assert cfg.output_dir == tmp_path
+        # not through the link, which may lead elsewhere a moment later
+        assert cfg.checkpoint_path == checkpoint.parent
+        assert cfg.policy.pretrained_path == checkpoint
+
+
+def test_a_checkpoint_outside_a_run_needs_an_output_folder(resume, checkpoint, tmp_path):
+    (tmp_path / "backup").mkdir()
+    copied = checkpoint.parent.rename(tmp_path / "backup" / "two") / "pretrained_model"
+    assert refusal(resume, copied).startswith(
+        f"{copied.parent} does not lie in the folder 'checkpoints' of a run; say with --output_dir"
+    )
+    resume(copied, "--output_dir=elsewhere")
+
+
 def test_an_output_folder_on_the_command_line_wins_over_the_checkpoints(resume, checkpoint, tmp_path):
     # the parser has set what the command line says; here it is the config's own
     cfg = resume(checkpoint, f"--output_dir={base()['output_dir']}")

@@ -25,6 +25,7 @@ ORDER: list[set[str]] = [
     {"transport"},
     {"checkpoint"},
     {"metadata", "restore"},
+    {"digests"},
     {"wire"},
     {"evaluate"},
     {"collector"},

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from lerobot_pirl import checkpoint
+from lerobot_pirl import checkpoint, folders
 from lerobot_pirl import learner as learner_module
 from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.launch import RunError
@@ -182,7 +182,7 @@ def test_curves_that_cannot_be_drawn_do_not_fail_a_run(learner, monkeypatch, cap
 
 def evaluated(learner: Learner, success: list[bool], version: int | None = None) -> None:
     """Hand over an evaluation as an actor would send it."""
-    count = len(success)
+    count = learner.cfg.eval.n_episodes = len(success)
     evaluation = Evaluation(
         success=torch.tensor(success),
         rewards=torch.tensor(success).float(),
@@ -324,6 +324,45 @@ def test_a_run_ends_when_its_best_policy_is_old(learner):
     assert not learner._is_stale
 
 
+def test_a_resume_does_not_get_around_a_policy_that_never_succeeds(learner):
+    learner.cfg.env_eval_freq = 1
+    learner.progress.evaluated_version = learner.progress.best_version = 0
+    with pytest.raises(RunError, match="succeeded in none of"):
+        learner.run()
+    assert learner.version == 0
+
+
+def test_an_evaluation_of_another_number_of_episodes_is_refused(learner):
+    learner.cfg.env_eval_freq = 1
+    evaluated(learner, [True])
+    learner.cfg.eval.n_episodes = 4
+    with pytest.raises(RunError, match=r"evaluated 1 episodes instead of eval.n_episodes=4"):
+        learner.evaluate()
+
+
+def test_an_interrupt_after_an_update_finds_counters_and_log_complete(learner, monkeypatch):
+    publish = learner.publish
+
+    def interrupted() -> None:
+        if learner.version == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        publish()
+
+    monkeypatch.setattr(learner, "publish", interrupted)
+    deliver(learner)
+    with pytest.raises(KeyboardInterrupt):
+        learner.run()
+    state = learner.cfg.output_dir / "checkpoints" / "000001" / "training_state" / "training_step.json"
+    assert json.loads(state.read_text())["episodes"] == EPISODES
+    assert [record["iteration"] for record in records(learner)] == [1]
+
+
+def test_two_learners_do_not_share_an_output_folder(learner):
+    with pytest.raises(OSError, match=f"another learner .* trains in {learner.cfg.output_dir}"):
+        folders.lock(learner.cfg.output_dir)
+
+
 # a disk that refuses
 
 
@@ -364,6 +403,28 @@ def test_the_last_checkpoint_is_waited_for(learner, full_disk):
     learner.run()
     assert tries == [2, 2, 2, 2, 2]
     assert checkpoints(learner) == ["000002", "last"]
+
+
+def test_a_best_policy_that_could_not_be_saved_is_not_the_best(learner, full_disk):
+    learner.cfg.env_eval_freq, learner.cfg.steps, learner.cfg.save_freq = 1, 3, 0
+    limit, _ = full_disk
+    limit["failures"] = 0
+    outcomes = {0: [True, False, False, False], 1: [True] * 4, 2: [True, True, False, False], 3: [False] * 4}
+    learner.cfg.eval.n_episodes = 4
+    publish = learner.publish
+
+    def publish_and_answer() -> None:
+        publish()
+        evaluated(learner, outcomes[learner.version])
+        deliver(learner)
+        # the disk is full while policy 1 is the best
+        limit["failures"] = 10**9 if learner.version == 1 else 0
+
+    learner.publish = publish_and_answer
+    learner.run()
+    assert (learner.progress.best_version, learner.progress.best_success_rate) == (2, 0.5)
+    assert checkpoints(learner) == ["000000", "000002", "000003", "best", "last"]
+    assert os.readlink(learner.cfg.output_dir / "checkpoints" / "best") == "000002"
 
 
 def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):

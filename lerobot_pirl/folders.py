@@ -1,10 +1,11 @@
 """Folders that are complete or not there: atomic writes, links, digests of files, pruning; standard library only."""
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ LAST, BEST = "last", "best"
 DIGESTS_FILE = Path("training_state/pirl_digests.json")
 METADATA_FILE = Path("training_state/pirl_metadata.json")
 LOCK_FILE = ".learner.lock"
-_PARTIAL, _FORMER, _GONE = "partial", "former", "gone"
+# what is gone was replaced and comes back if nothing has its name; what is removed never does
+_PARTIAL, _FORMER, _GONE, _REMOVED = "partial", "former", "gone", "removed"
 
 
 def lock(folder: Path) -> BinaryIO:
@@ -33,7 +35,7 @@ def lock(folder: Path) -> BinaryIO:
         OSError: one sentence, when another process has the folder or it cannot be made or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         # unbuffered: the number of this process is a courtesy, not to be written later
         file = (folder / LOCK_FILE).open("ab+", buffering=0)
     except OSError as error:
@@ -69,7 +71,8 @@ def new_folder(final: Path) -> Iterator[Path]:
     partial = _hidden(final, _PARTIAL)
     _clean_up(parent)
     try:
-        partial.mkdir(parents=True)
+        _make(parent)
+        partial.mkdir()
         yield partial
         write_digests(partial)
         _sync_tree(partial)
@@ -86,12 +89,26 @@ def _hidden(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.{role}")
 
 
+def _make(folder: Path) -> None:
+    """Make a folder and those that it lies in, for good."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        # who may write into a folder may not always read it
+        with contextlib.suppress(PermissionError):
+            _sync(each.parent)
+
+
 def _sync(*paths: Path) -> None:
     """Flush files and folders to the disk, so that a rename cannot outrun the data."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            # some network file systems cannot flush a folder
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 
@@ -129,26 +146,25 @@ def _hard_link(source: str, target: str) -> None:
 
 
 def _clean_up(parent: Path) -> None:
-    """Let links lead to folders under their own names again, and remove what a killed process left behind."""
-    _remove_hidden(parent, _PARTIAL, _GONE)
+    """Give folders and links what a killed process took from them, and remove what it left behind."""
+    for gone, folder in _leftovers(parent, _GONE):
+        replaced = (parent / folder).exists()
+        gone.rename(_hidden(gone, _REMOVED) if replaced else parent / folder)
     for name in (LAST, BEST):
         _fresh_link(parent, name).unlink(missing_ok=True)
-        former = re.fullmatch(rf"\.(.+)\.{_FORMER}", link_target(parent, name) or "")
-        if former and (parent / former[0]).is_dir():
-            folder = parent / former[1]
-            if not folder.exists():
-                # killed before the new folder had the name: the former one gets it back
-                again = _hidden(folder, _PARTIAL)
-                _copy(parent / former[0], again)
-                again.rename(folder)
-            point(name, folder)
-    _remove_hidden(parent, _FORMER)
+        for former, folder in _leftovers(parent, _FORMER):
+            if link_target(parent, name) == former.name and (parent / folder).exists():
+                point(name, parent / folder)
+    linked = {link_target(parent, name) for name in (LAST, BEST)}
+    for role in (_PARTIAL, _FORMER, _REMOVED):
+        for leftover, _ in _leftovers(parent, role):
+            if leftover.name not in linked:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _remove_hidden(parent: Path, *roles: str) -> None:
-    for role in roles:
-        for leftover in parent.glob(f".*.{role}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _leftovers(parent: Path, role: str) -> list[tuple[Path, str]]:
+    """Return the hidden folders of a role, each with the name of the folder that it belongs to."""
+    return [(path, path.name[1 : -len(role) - 1]) for path in parent.glob(f".*.{role}")]
 
 
 def _fresh_link(parent: Path, name: str) -> Path:
@@ -168,8 +184,16 @@ def point(name: str, folder: Path) -> None:
     fresh = _fresh_link(folder.parent, name)
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.name)
+    _put_aside(folder.with_name(name))
     fresh.replace(folder.with_name(name))
     _sync(folder.parent)
+
+
+def _put_aside(link: Path) -> None:
+    """Hide the folder that is in a link's place in a copy of a run that followed links; it is the user's."""
+    if link.is_dir() and not link.is_symlink():
+        names = (link.with_name(f".{link.name}.copied{number}") for number in itertools.count(1))
+        link.rename(next(name for name in names if not name.exists()))
 
 
 def complete(parent: Path) -> list[Path]:
@@ -204,9 +228,9 @@ def prune(newest: Path, keep: int) -> list[Path]:
     )
     doomed = [path for path in others[: max(0, len(others) - (keep - 1))] if path.name not in kept]
     for path in doomed:
-        gone = _hidden(path, _GONE)
-        path.rename(gone)
-        shutil.rmtree(gone)
+        removed = _hidden(path, _REMOVED)
+        path.rename(removed)
+        shutil.rmtree(removed)
     return doomed
 
 
@@ -232,6 +256,8 @@ def verify(folder: Path, part: str = "") -> None:
     Raises:
         ValueError: one sentence that names the first file that is missing, unreadable or not as it was written.
     """
+    # of one folder, also when a link to it moves on meanwhile
+    folder = Path(os.path.realpath(folder))
     path = folder / DIGESTS_FILE
     try:
         digests = json.loads(path.read_text())

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -224,16 +225,90 @@ def test_a_folder_that_no_link_leads_to_is_replaced(parent):
     assert names(parent) == ["000001", "000002", "best", "last"]
 
 
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failed_replacement_of_a_folder_that_no_link_leads_to_leaves_it_as_it_was(nth, parent, monkeypatch):
+    make(parent / "000001", "former")
+    make(parent / "000002", "other", LINKS)
+    rename, calls = os.rename, []
+
+    def refused_once(*args, **kwargs):
+        calls.append(args)
+        return refuse() if len(calls) == nth else rename(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rename", refused_once)
+    with pytest.raises(OSError, match="No space left"):
+        make(parent / "000001", "new")
+    assert text_of(parent / "000001") == "former"
+    assert names(parent) == ["000001", "000002", "best", "last"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_is_written_all_the_same(number, parent, monkeypatch):
+    flush, flushed = os.fsync, []
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flushed.append(flush(descriptor))
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    make(parent / "000001", links=LINKS)
+    assert text_of(parent / "last") == "text"
+    assert len(flushed) == len([path for path in (parent / "000001").rglob("*") if path.is_file()])
+
+
+@pytest.mark.parametrize(
+    ("number", "is_folder"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)]
+)
+def test_another_failure_to_flush_fails(number, is_folder, parent, monkeypatch):
+    def failing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == is_folder:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        make(parent / "000001")
+    assert folders.complete(parent) == []
+
+
+@pytest.fixture
+def flushed(monkeypatch) -> list[int]:
+    """The inodes of what was flushed."""
+    inodes, flush = [], os.fsync
+
+    def noted(descriptor):
+        inodes.append(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return inodes
+
+
+def test_the_folders_around_a_first_one_are_flushed_after_they_were_made(flushed, tmp_path):
+    make(tmp_path / "some" / "checkpoints" / "000001")
+    around = [tmp_path, tmp_path / "some", tmp_path / "some" / "checkpoints"]
+    assert {path.stat().st_ino for path in around} <= set(flushed)
+    flushed.clear()
+    make(tmp_path / "some" / "checkpoints" / "000002")
+    assert not {path.stat().st_ino for path in around[:2]} & set(flushed)
+
+
+def test_a_folder_that_is_locked_is_flushed_when_it_was_made(flushed, tmp_path):
+    with folders.lock(tmp_path / "some" / "run"):
+        assert {tmp_path.stat().st_ino, (tmp_path / "some").stat().st_ino} <= set(flushed)
+
+
 # what a killed process left
 
 
 def test_leftovers_are_removed_and_other_hidden_folders_are_not(parent):
-    for name in (".000001.partial", ".000002.former", ".000003.gone", ".mine"):
+    leftovers = (".000001.partial", ".000002.former", ".000003.removed", "..000004.gone.removed")
+    for name in (*leftovers, ".mine", ".last.copied1"):
         (parent / name / "inside").mkdir(parents=True)
     for name in LINKS:
         (parent / f".{name}.new").symlink_to("nowhere")
     make(parent / "000001")
-    assert names(parent) == [".mine", "000001"]
+    assert names(parent) == [".last.copied1", ".mine", "000001"]
 
 
 def killed_between_renames(parent: Path) -> None:
@@ -277,6 +352,33 @@ def test_what_a_killed_replacement_left_can_be_replaced(kill, parent):
     assert names(parent) == ["000001", "best", "last"]
 
 
+def test_a_folder_that_a_killed_replacement_took_away_comes_back(parent):
+    make(parent / "000001", "former").rename(parent / ".000001.gone")
+    (parent / ".000001.partial").mkdir()
+    make(parent / "000002", links=LINKS)
+    assert text_of(parent / "000001") == "former"
+    assert names(parent) == ["000001", "000002", "best", "last"]
+
+
+def test_what_was_replaced_does_not_come_back(parent):
+    make(parent / "000001", "former").rename(parent / ".000001.gone")
+    shutil.copytree(parent / ".000001.gone", parent / "000001")
+    (parent / "000001" / "mine").touch()
+    make(parent / "000002")
+    assert (parent / "000001" / "mine").exists()
+    assert names(parent) == ["000001", "000002"]
+
+
+def test_a_hidden_folder_that_a_link_leads_to_is_kept_while_nothing_has_its_name(parent):
+    make(parent / "000001", "former").rename(parent / ".000001.former")
+    (parent / "last").symlink_to(".000001.former")
+    make(parent / "000002")
+    assert text_of(parent / "last") == "former"
+    folders.point("last", parent / "000002")
+    make(parent / "000003")
+    assert names(parent) == ["000002", "000003", "last"]
+
+
 def test_a_hidden_copy_that_is_gone_is_no_obstacle(parent):
     make(parent / "000001", links=LINKS)
     for name in LINKS:
@@ -304,6 +406,23 @@ def test_a_link_is_relative_and_replaced_in_one_step(parent, monkeypatch):
     folders.point("last", parent / "000002")
     assert links(parent) == {"last": "000002"}
     assert names(parent) == ["000001", "000002", "last"]
+
+
+def test_folders_in_the_links_places_of_a_copied_run_are_put_aside(parent, tmp_path):
+    make(parent / "000001", "first", LINKS)
+    copy = tmp_path / "copy"
+    for name in ("again", "and again"):
+        if copy.exists():
+            (copy / "last").unlink()
+            shutil.copytree(copy / "000001", copy / "last")
+        else:
+            shutil.copytree(parent, copy, symlinks=False)
+        make(copy / "000002", name, LINKS)
+        assert text_of(copy / "last") == text_of(copy / "best") == name
+    assert links(copy) == {"last": "000002", "best": "000002"}
+    hidden = [".best.copied1", ".last.copied1", ".last.copied2"]
+    assert names(copy) == [*hidden, "000001", "000002", "best", "last"]
+    assert {text_of(copy / name) for name in hidden} == {"first"}
 
 
 def test_the_target_of_what_is_no_link_is_none(parent):
@@ -387,6 +506,7 @@ def test_pruning_that_fails_half_way_leaves_no_half_folder_under_its_name(parent
         folders.prune(newest, 1)
     monkeypatch.undo()
     assert folders.complete(parent) == [newest]
+    # neither does what was left come back
     make(parent / "000003")
     assert names(parent) == ["000002", "000003"]
 
@@ -409,6 +529,20 @@ def refusal(folder: Path, part: str = "") -> str:
 def test_every_file_has_a_digest(folder):
     folders.verify(folder)
     assert list(json.loads((folder / folders.DIGESTS_FILE).read_text())) == ["inside/file"]
+
+
+def test_one_folder_is_looked_at_through_a_link_that_moves_on_meanwhile(parent, monkeypatch):
+    make(parent / "000001", "first", ("last",))
+    make(parent / "000002", "second")
+    load = json.loads
+
+    def load_and_move(text):
+        folders.point("last", parent / "000002")
+        return load(text)
+
+    monkeypatch.setattr(json, "loads", load_and_move)
+    folders.verify(parent / "last")
+    assert links(parent) == {"last": "000002"}
 
 
 def test_a_missing_file_is_named(folder):

@@ -1,6 +1,5 @@
 """What says which learner, actor and checkpoint belong together."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -9,11 +8,15 @@ from typing import Any
 
 import draccus
 import importlib_metadata
-import torch
-from lerobot.processor import TokenizerProcessorStep
-from torch import nn
 
 from lerobot_pirl import registry
+from lerobot_pirl.digests import (
+    canonical,
+    frozen_digest,
+    json_digest,
+    processors_digest,
+    tokenizer_digest,
+)
 
 FORMAT_VERSION = 2
 # never judged: two machines mount a config in different places, a peer has no run id and no history, and the
@@ -23,6 +26,7 @@ SHOWN_ONLY = ("config_path", "run_id", "config", "history")
 NEVER_ACCEPTED = ("format_version", "recipe", "policy_type")
 # per-process settings, which change where and how fast a run goes but not what it computes
 _PROCESS_ALGORITHM = ("wire", "n_envs", "async_envs")
+_PROCESS_ENV = ("max_parallel_tasks", "disable_env_checker")
 _PROCESS_POLICY = (
     *("device", "push_to_hub", "repo_id", "private", "tags", "license"),
     *("pretrained_path", "pretrained_revision", "tokenizer_name", "use_peft"),
@@ -37,7 +41,13 @@ _REMEDIES = {
     "format_version": _SAME_PACKAGE,
     "package_version": _SAME_PACKAGE,
     "lerobot_version": "install the same lerobot on both sides",
-    "tokenizer_digest": "give both sides the same tokenizer in policy.tokenizer_name or policy.path",
+    "tokenizer_digest": (
+        "give both sides the same tokenizer in policy.tokenizer_name or policy.path, and the same tokenizers package"
+    ),
+    "processors_digest": (
+        "give both sides the same policy_preprocessor.json and policy_postprocessor.json, with their "
+        ".safetensors, beside the weights in policy.path"
+    ),
     "encoder_digest": (
         "load the same pretrained weights on both sides (without any: the same seed, policy.device and torch)"
     ),
@@ -80,6 +90,7 @@ class Metadata:
     n_action_steps: int
     encoder_digest: str
     tokenizer_digest: str
+    processors_digest: str
     package_version: str
     lerobot_version: str
     run_id: str
@@ -97,23 +108,14 @@ def one_line(metadata: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in metadata.items() if name != "config"})
 
 
-def _canonical(value: Any) -> Any:
-    """Return a JSON value in which equal configs look alike: 1 and 1.0 are one number."""
-    if isinstance(value, dict):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
 def critical_config(cfg: Any) -> dict[str, Any]:
     """Return the part of a run config that decides what is learned."""
     algorithm = draccus.encode(cfg.algorithm)
     policy = draccus.encode(cfg.policy)
-    for name in _PROCESS_ALGORITHM:
-        algorithm.pop(name, None)
+    env = draccus.encode(cfg.env)
+    for options, names in ((algorithm, _PROCESS_ALGORITHM), (env, _PROCESS_ENV)):
+        for name in names:
+            options.pop(name, None)
     policy = {
         name: value
         for name, value in policy.items()
@@ -129,33 +131,13 @@ def critical_config(cfg: Any) -> dict[str, Any]:
         "scheduler": schedule,
         "algorithm": algorithm,
         "policy": {"type": cfg.policy.type} | policy,
-        "env": {"type": cfg.env.type} | draccus.encode(cfg.env),
+        "env": {"type": cfg.env.type} | env,
     }
 
 
 def config_hash(cfg: Any) -> str:
     """Return a SHA-256 over the canonical JSON of :func:`critical_config`."""
-    text = json.dumps(_canonical(critical_config(cfg)), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def frozen_digest(policy: nn.Module) -> str:
-    """Return a SHA-256 over the weights that do not train; actors compute features with them."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(policy.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def tokenizer_digest(steps: Iterable[Any]) -> str:
-    """Return a SHA-256 over the vocabulary of a pipeline's tokenizer, wherever it was loaded from."""
-    digest = hashlib.sha256()
-    for step in steps:
-        if isinstance(step, TokenizerProcessorStep):
-            digest.update(json.dumps(step.input_tokenizer.get_vocab(), sort_keys=True).encode())
-    return digest.hexdigest()
+    return json_digest(critical_config(cfg))
 
 
 def make_metadata(cfg: Any, adapter: Any, config_path: str | None, run_id: str) -> Metadata:
@@ -164,6 +146,7 @@ def make_metadata(cfg: Any, adapter: Any, config_path: str | None, run_id: str) 
         name: [feature.type.value, list(feature.shape)]
         for name, feature in sorted({**cfg.policy.input_features, **cfg.policy.output_features}.items())
     }
+    processors = adapter.processors
     return Metadata(
         format_version=FORMAT_VERSION,
         recipe=cfg.recipe,
@@ -176,13 +159,14 @@ def make_metadata(cfg: Any, adapter: Any, config_path: str | None, run_id: str) 
         num_denoising_steps=cfg.algorithm.num_denoising_steps,
         n_action_steps=cfg.algorithm.n_action_steps,
         encoder_digest=frozen_digest(adapter.policy),
-        tokenizer_digest=tokenizer_digest(adapter.processors.policy_pre.steps),
+        tokenizer_digest=tokenizer_digest(processors.policy_pre.steps),
+        processors_digest=processors_digest(processors.policy_pre, processors.policy_post),
         package_version=importlib_metadata.version("lerobot-pirl"),
         lerobot_version=importlib_metadata.version("lerobot"),
         run_id=run_id,
-        config=_canonical(critical_config(cfg)),
+        config=canonical(critical_config(cfg)),
         additional={
-            f"{name}.{key}": _canonical(value)
+            f"{name}.{key}": canonical(value)
             for name, validator in registry.checkpoint_validators(cfg.recipe).items()
             if validator.fields
             for key, value in validator.fields(cfg, adapter).items()

@@ -18,7 +18,6 @@ from lerobot.optim.schedulers import (
     CosineAnnealingWithWarmupSchedulerConfig,
     CosineDecayWithWarmupSchedulerConfig,
 )
-from lerobot.processor import TokenizerProcessorStep
 from torch import nn
 
 from lerobot_pirl import registry
@@ -31,10 +30,8 @@ from lerobot_pirl.metadata import (
     config_hash,
     critical_config,
     flat_options,
-    frozen_digest,
     make_metadata,
     one_line,
-    tokenizer_digest,
     validate_metadata,
 )
 from lerobot_pirl.options import PiRLConfig, WireConfig
@@ -56,6 +53,7 @@ VALUES = {
     "n_action_steps": 10,
     "encoder_digest": "2" * 64,
     "tokenizer_digest": "3" * 64,
+    "processors_digest": "4" * 64,
     "package_version": "0.1.0",
     "lerobot_version": "0.6.1",
     "run_id": "a-run",
@@ -122,6 +120,12 @@ def test_the_remedy_fits_the_field(name, remedy):
 def test_other_frozen_weights_are_not_blamed_on_the_config():
     remedy = mismatch(METADATA.to_dict(), changed("encoder_digest").to_dict())[-1]
     assert "pretrained weights" in remedy
+    assert "config file" not in remedy
+
+
+def test_other_processors_are_not_blamed_on_the_config():
+    remedy = mismatch(METADATA.to_dict(), changed("processors_digest").to_dict())[-1]
+    assert "policy_preprocessor.json" in remedy
     assert "config file" not in remedy
 
 
@@ -333,6 +337,8 @@ PER_PROCESS = {
     "policy.pretrained_path": "elsewhere",
     "policy.repo_id": "me/policy",
     "policy.tokenizer_name": "elsewhere",
+    "env.max_parallel_tasks": 3,
+    "env.disable_env_checker": False,
     "steps": 7,
     "output_dir": "outputs/elsewhere",
     "job_name": "other",
@@ -405,7 +411,7 @@ def test_every_option_of_policy_and_environment_counts_but_for_those_of_a_proces
             assert (hashed != reference) == (name in counted), f"{group}.{name}"
 
 
-def test_the_options_of_the_policy_that_do_not_count(base):
+def test_the_options_of_policy_and_environment_that_do_not_count(base):
     left_out = fields_of(base, "policy") - set(critical_config(base)["policy"])
     supervised = {name for name in left_out if name.startswith(("optimizer_", "scheduler_"))}
     assert supervised
@@ -414,7 +420,8 @@ def test_the_options_of_the_policy_that_do_not_count(base):
         *("pretrained_path", "pretrained_revision", "tokenizer_name"),
         *("num_denoising_steps", "n_action_steps", "freeze_vision_encoder", "freeze_language_encoder"),
     }
-    assert fields_of(base, "env") <= set(critical_config(base)["env"])
+    left_out = fields_of(base, "env") - set(critical_config(base)["env"])
+    assert left_out == {"max_parallel_tasks", "disable_env_checker"}
 
 
 def test_every_option_of_a_schedule_counts_and_so_does_its_kind(base):
@@ -469,63 +476,21 @@ def test_pyyaml_takes_a_number_without_a_point_for_a_text():
     assert [yaml.safe_load(text) for text in ("1e-4", "1.0e-4", "0.0001")] == ["1e-4", 1e-4, 1e-4]
 
 
-# the digest of the frozen weights
-
-
 class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.head = nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3)
-        self.encoder.requires_grad_(False)
-        self.logit_scale = nn.Parameter(torch.tensor(1.5), requires_grad=False)
+        self.encoder = nn.Linear(3, 3).requires_grad_(False)
 
 
-def test_the_digest_changes_with_frozen_weights_only():
-    module = Frozen()
-    digest = frozen_digest(module)
-    with torch.no_grad():
-        module.head.weight.add_(1.0)
-    assert frozen_digest(module) == digest
-    with torch.no_grad():
-        module.encoder.weight[0, 0] += 1.0
-    assert frozen_digest(module) != digest
-
-
-def test_a_frozen_scalar_and_the_name_of_a_weight_are_in_the_digest():
-    module = Frozen()
-    digest = frozen_digest(module)
-    module.logit_scale.data += 1
-    assert frozen_digest(module) != digest
-    module.logit_scale.data -= 1
-    assert frozen_digest(module) == digest
-    module.renamed = module.encoder
-    del module.encoder
-    assert frozen_digest(module) != digest
-
-
-def test_the_layout_in_memory_is_not_in_the_digest():
-    module = Frozen()
-    digest = frozen_digest(module)
-    module.encoder.weight.data = module.encoder.weight.data.T.contiguous().T
-    assert not module.encoder.weight.is_contiguous()
-    assert frozen_digest(module) == digest
-
-
-def test_the_digest_of_a_tokenizer_is_that_of_its_vocabulary():
-    def step(vocabulary: dict[str, int]) -> TokenizerProcessorStep:
-        return TokenizerProcessorStep(tokenizer=SimpleNamespace(get_vocab=lambda: vocabulary))
-
-    digest = tokenizer_digest([object(), step({"a": 0, "b": 1})])
-    assert digest == tokenizer_digest([step({"b": 1, "a": 0})])
-    assert digest != tokenizer_digest([step({"a": 1, "b": 0})])
-    assert digest != tokenizer_digest([])
+def adapter_without_steps() -> SimpleNamespace:
+    pipeline = SimpleNamespace(steps=[])
+    processors = SimpleNamespace(policy_pre=pipeline, policy_post=pipeline)
+    return SimpleNamespace(policy=Frozen(), processors=processors)
 
 
 def test_metadata_describe_the_run():
     cfg = tiny_config()
-    pipeline = SimpleNamespace(steps=[])
-    adapter = SimpleNamespace(policy=Frozen(), processors=SimpleNamespace(policy_pre=pipeline))
-    metadata = make_metadata(cfg, adapter, None, "run-1")
+    metadata = make_metadata(cfg, adapter_without_steps(), None, "run-1")
     assert metadata.config_path == "(command line)"
     assert metadata.config_hash == config_hash(cfg)
     assert (metadata.num_denoising_steps, metadata.n_action_steps) == (4, 4)
@@ -535,9 +500,7 @@ def test_metadata_describe_the_run():
 
 def described() -> Metadata:
     torch.manual_seed(0)
-    pipeline = SimpleNamespace(steps=[])
-    adapter = SimpleNamespace(policy=Frozen(), processors=SimpleNamespace(policy_pre=pipeline))
-    return make_metadata(tiny_config(), adapter, None, "run-1")
+    return make_metadata(tiny_config(), adapter_without_steps(), None, "run-1")
 
 
 def test_a_package_that_is_installed_on_one_side_only_is_a_difference(tmp_path, monkeypatch):

@@ -165,12 +165,7 @@ def make_metadata(cfg: Any, adapter: Any, config_path: str | None, run_id: str) 
         lerobot_version=importlib_metadata.version("lerobot"),
         run_id=run_id,
         config=canonical(critical_config(cfg)),
-        additional={
-            f"{name}.{key}": canonical(value)
-            for name, validator in registry.checkpoint_validators(cfg.recipe).items()
-            if validator.fields
-            for key, value in validator.fields(cfg, adapter).items()
-        },
+        additional=canonical(registry.validator_fields(cfg.recipe, cfg, adapter)),
     )
 
 
@@ -229,7 +224,10 @@ def validate_metadata(mine: dict[str, Any], theirs: dict[str, Any], my_label: st
 
 def _remedy(name: str, known_to_both: bool) -> str:
     if "." in name:
-        return f"install the same package with validator {name.rpartition('.')[0]!r} on both sides"
+        validator = f"validator {name.rpartition('.')[0]!r}"
+        if known_to_both:
+            return f"make {validator} find the same on both sides"
+        return f"install the same package with {validator} on both sides"
     # a field that one side does not know was written by another version of this package
     return _REMEDIES.get(name, _SAME_CONFIG) if known_to_both else _SAME_PACKAGE
 
@@ -245,28 +243,42 @@ def accept_changes(
         their metadata after that, and ``{name: [theirs, mine]}`` of what was different.
 
     Raises:
-        ValueError: for a name that there is not or that no flag can change.
+        ValueError: for a name that there is not, that no flag can change or that does not differ.
     """
     fields, options = dict(theirs), flat_options(theirs.get("config") or {})
     my_options = flat_options(mine["config"])
+    other_options = options != my_options
     changes: dict[str, Any] = {}
-    for name in accepted:
+    for name in dict.fromkeys(accepted):
         sides = (options, my_options) if name in options | my_options else (fields, mine)
-        known = name in _judged(sides[0] | sides[1]) and name != "config_hash"
-        if not known or name in NEVER_ACCEPTED:
+        if name not in _judged(sides[0] | sides[1]) or name in ("config_hash", *NEVER_ACCEPTED):
+            raise ValueError(f"accept_changes={name!r} is not allowed; {_advice(name, options | my_options)}")
+        if name not in _differing(*sides):
             raise ValueError(
-                f"accept_changes={name!r} is not allowed; it must name fields or options of the table that a "
-                f"refused resume prints, but none of {', '.join(NEVER_ACCEPTED)}"
+                f"accept_changes={name!r} is the same on both sides (what an earlier resume accepted is part "
+                "of the run by now); remove it"
             )
-        if name in _differing(*sides):
-            changes[name] = [side.get(name) for side in sides]
-            sides[0].pop(name, None)
-            sides[0].update({name: sides[1][name]} if name in sides[1] else {})
+        changes[name] = [side.get(name) for side in sides]
+        sides[0].pop(name, None)
+        sides[0].update({name: sides[1][name]} if name in sides[1] else {})
     fields["config"] = options
-    if changes and options == my_options:
+    if other_options and options == my_options:
         fields["config_hash"] = mine["config_hash"]
     # null and left out differ in the hash, but not for who reads the history
     return fields, {name: [before, after] for name, (before, after) in changes.items() if before != after}
+
+
+def _advice(name: str, options: Iterable[str]) -> str:
+    """Return what to do about a name that cannot be accepted."""
+    if name == "config_hash":
+        return "it follows from the options; name those that differ"
+    meant = [option for option in options if option.endswith(f".{name}")] if name else []
+    if len(meant) == 1 and name not in NEVER_ACCEPTED:
+        return f"name the option in full: {meant[0]}"
+    return (
+        "it must name fields or options of the table that a refused resume prints, but none of "
+        + ", ".join(NEVER_ACCEPTED)
+    )
 
 
 def judge(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_label: str) -> None:
@@ -274,9 +286,16 @@ def judge(mine: dict[str, Any], theirs: dict[str, Any], my_label: str, their_lab
 
     Raises:
         MetadataMismatch: from the first one that refuses.
+        RegistryError: when one fails in another way.
     """
-    for validator in registry.checkpoint_validators(mine["recipe"]).values():
-        validator.validate(mine, theirs, my_label, their_label)
+    for name, validator in registry.checkpoint_validators(mine["recipe"]).items():
+        try:
+            validator.validate(mine, theirs, my_label, their_label)
+        except MetadataMismatch:
+            raise
+        except Exception as error:
+            problem = f"cannot judge the metadata of {their_label} and {my_label}"
+            raise registry.validator_error(name, problem, error) from error
 
 
 VALIDATOR = registry.CheckpointValidator(validate=validate_metadata)

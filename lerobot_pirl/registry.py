@@ -1,5 +1,6 @@
 """Entry points -> recipes, policy adapters and checkpoint validators, ours and third parties' alike."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,8 @@ class CheckpointValidator:
     Attributes:
         validate: called with (my metadata, their metadata, my label, their label), both JSON objects; raises
             :class:`lerobot_pirl.metadata.MetadataMismatch` to refuse.
-        fields: called with (run config, policy adapter); returns JSON values by name that the metadata carry
-            besides, under ``<validator's name>.<field>``.
+        fields: called with (run config, policy adapter); returns a dictionary of JSON values, without NaN and
+            infinity, that the metadata carry besides, under ``<validator's name>.<field>``.
     """
 
     validate: Callable[[dict[str, Any], dict[str, Any], str, str], None]
@@ -124,6 +125,36 @@ def checkpoint_validators(recipe: str) -> dict[str, CheckpointValidator]:
     """
     additional = {entry.name for entry in find(CHECKPOINT_VALIDATORS) if entry.name.startswith(f"{recipe}.")}
     return {name: load(CHECKPOINT_VALIDATORS, name) for name in (recipe, *sorted(additional))}
+
+
+def validator_error(name: str, problem: str, error: Exception | None = None) -> RegistryError:
+    """Return the error of a validator that does not do what it should, with who declares it."""
+    origins = sorted({_origin(entry) for entry in find(CHECKPOINT_VALIDATORS) if entry.name == name})
+    reason = f" ({type(error).__name__}: {' '.join(str(error).split())})" if error else ""
+    who = f"validator {name!r} of {' and '.join(origins) or 'an unknown distribution'}"
+    return RegistryError(f"{who} {problem}{reason}; correct or uninstall it")
+
+
+def validator_fields(recipe: str, cfg: Any, adapter: Any) -> dict[str, Any]:
+    """Return what a recipe's validators add to the metadata, by full name, as it is when read from JSON.
+
+    Raises:
+        RegistryError: when one of them fails or returns something else than JSON values by name.
+    """
+    found: dict[str, Any] = {}
+    for name, validator in checkpoint_validators(recipe).items():
+        try:
+            values = validator.fields(cfg, adapter) if validator.fields else {}
+        except Exception as error:
+            raise validator_error(name, "cannot tell its fields", error) from error
+        if not isinstance(values, dict):
+            raise validator_error(name, f"returns its fields as a {type(values).__name__} instead of a dict")
+        for key, value in values.items():
+            try:
+                found[f"{name}.{key}"] = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise validator_error(name, f"returns no JSON value as its field {key!r}", error) from error
+    return found
 
 
 def describe() -> list[tuple[str, str, str, str]]:

@@ -30,6 +30,7 @@ from lerobot_pirl.metadata import (
     config_hash,
     critical_config,
     flat_options,
+    judge,
     make_metadata,
     one_line,
     validate_metadata,
@@ -193,7 +194,11 @@ def test_additional_fields_stand_beside_the_others_and_are_judged_by_their_full_
     lines = mismatch(metadata.to_dict(), metadata.to_dict() | {"pi-rl.lab.gravity": 1.62})
     assert lines[0] == "metadata of learner and actor differ in pi-rl.lab.gravity:"
     assert lines[2].split() == ["pi-rl.lab.gravity", "1.62", "9.81"]
-    assert lines[-1] == "What to do: install the same package with validator 'pi-rl.lab' on both sides."
+    assert lines[-1] == "What to do: make validator 'pi-rl.lab' find the same on both sides."
+    without = {name: value for name, value in metadata.to_dict().items() if name != "pi-rl.lab.gravity"}
+    for mine, theirs in [(metadata.to_dict(), without), (without, metadata.to_dict())]:
+        remedy = mismatch(mine, theirs)[-1]
+        assert remedy == "What to do: install the same package with validator 'pi-rl.lab' on both sides."
 
 
 # changes that the user accepts
@@ -237,9 +242,9 @@ def test_the_configs_hash_follows_once_no_option_is_left_that_differs():
 
 def test_a_hash_that_differs_by_itself_is_accepted_by_no_name():
     """Equal options with another hash are not what they say they are."""
-    forged = MINE | {"config_hash": "forged"}
-    accepted, changes = accept_changes(MINE, forged, ["algorithm.gamma"])
-    assert (accepted["config_hash"], changes) == ("forged", {})
+    forged = MINE | {"config_hash": "forged", "n_action_steps": 9}
+    accepted, changes = accept_changes(MINE, forged, ["n_action_steps"])
+    assert (accepted["config_hash"], changes) == ("forged", {"n_action_steps": [9, 10]})
 
 
 def test_a_field_that_one_side_lacks_can_be_accepted():
@@ -250,32 +255,56 @@ def test_a_field_that_one_side_lacks_can_be_accepted():
         validate_metadata(mine, accepted, "actor", "learner")
 
 
-def test_naming_what_does_not_differ_changes_nothing():
-    accepted, changes = accept_changes(MINE, THEIRS, ["seed", "variant", "algorithm.betas"])
-    assert changes == {}
-    with pytest.raises(MetadataMismatch) as caught:
-        validate_metadata(MINE, accepted, "actor", "learner")
-    assert set(caught.value.names) == {"n_action_steps", *OPTIONS}
+@pytest.mark.parametrize("name", ["seed", "variant", "algorithm.betas"])
+def test_a_name_that_does_not_differ_is_refused(name):
+    with pytest.raises(
+        ValueError, match=f"^accept_changes='{name}' is the same on both sides .*; remove it$"
+    ):
+        accept_changes(MINE, THEIRS, ["n_action_steps", name])
+
+
+def test_a_change_that_was_accepted_before_is_told_to_be_part_of_the_run():
+    accepted, _ = accept_changes(MINE, THEIRS, ["algorithm.gamma"])
+    again = accepted | {"config": THEIRS["config"] | {"algorithm": MINE["config"]["algorithm"]}}
+    with pytest.raises(ValueError, match="what an earlier resume accepted is part of the run by now"):
+        accept_changes(MINE, again, ["algorithm.gamma"])
+
+
+def test_naming_nothing_changes_nothing_and_a_name_counts_once():
+    assert accept_changes(MINE, MINE, []) == ({**MINE, "config": flat_options(MINE["config"])}, {})
+    twice = accept_changes(MINE, THEIRS, ["n_action_steps", "n_action_steps"])
+    assert twice == accept_changes(MINE, THEIRS, ["n_action_steps"])
+
+
+def refused_name(name: str) -> str:
+    """Return what is said about a name that cannot be accepted."""
+    with pytest.raises(ValueError, match="^accept_changes=") as caught:
+        accept_changes(MINE, THEIRS, [name])
+    before, _, advice = str(caught.value).partition(" is not allowed; ")
+    assert before == f"accept_changes={name!r}"
+    return advice
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *NEVER_ACCEPTED,
-        *SHOWN_ONLY,
-        "config_hash",
-        "additional",
-        "gamma",
-        "algorithm",
-        "algorithm.gamma.x",
-        "",
-    ],
+    "name", [*NEVER_ACCEPTED, *SHOWN_ONLY, "additional", "algorithm", "algorithm.gamma.x", "mma", "nope", ""]
 )
 def test_a_name_that_no_table_shows_or_no_flag_can_change_is_refused(name):
-    with pytest.raises(
-        ValueError, match=f"^accept_changes='{name}' is not allowed; .* {NEVER_ACCEPTED[-1]}$"
-    ):
-        accept_changes(MINE, THEIRS, [name])
+    advice = refused_name(name)
+    assert advice.startswith("it must name fields or options of the table")
+    assert advice.endswith(NEVER_ACCEPTED[-1])
+
+
+def test_the_hash_of_a_config_is_accepted_by_the_names_of_its_options():
+    assert refused_name("config_hash") == "it follows from the options; name those that differ"
+
+
+def test_the_last_part_of_one_options_name_is_completed_and_one_of_several_is_not():
+    assert refused_name("gamma") == "name the option in full: algorithm.gamma"
+    # of the checkpoint alone
+    assert refused_name("former") == "name the option in full: algorithm.former"
+    twice = MINE | {"config": MINE["config"] | {"policy": {"gamma": 1}}}
+    with pytest.raises(ValueError, match="it must name fields or options of the table"):
+        accept_changes(twice, THEIRS, ["gamma"])
 
 
 def test_a_recipe_is_not_accepted_by_the_option_of_that_name():
@@ -521,3 +550,46 @@ def test_a_package_that_is_installed_on_one_side_only_is_a_difference(tmp_path, 
         assert lines[0] == "metadata of learner and actor differ in pi-rl.lab.gravity, pi-rl.lab.seed:"
         assert lines[2].split() == ["pi-rl.lab.gravity", *row]
         assert "validator 'pi-rl.lab'" in lines[-1]
+
+
+# validators that fail
+
+
+def validators(monkeypatch, **validator) -> None:
+    lab = registry.CheckpointValidator(**{"validate": print} | validator)
+    monkeypatch.setattr(registry, "checkpoint_validators", lambda recipe: {"pi-rl.lab": lab})
+
+
+def test_a_validators_own_refusal_is_passed_on(monkeypatch):
+    def refuse(mine, theirs, my_label, their_label):
+        raise MetadataMismatch(f"no {their_label} for this {my_label}", ["pi-rl.lab.gravity"])
+
+    validators(monkeypatch, validate=refuse)
+    with pytest.raises(MetadataMismatch, match="^no checkpoint for this run$") as caught:
+        judge(VALUES, VALUES, "run", "checkpoint")
+    assert caught.value.names == ("pi-rl.lab.gravity",)
+
+
+def test_a_validator_that_fails_to_judge_is_named(monkeypatch):
+    def fail(mine, theirs, my_label, their_label):
+        return theirs["pi-rl.lab.gravity"]
+
+    validators(monkeypatch, validate=fail)
+    with pytest.raises(registry.RegistryError) as caught:
+        judge(VALUES, VALUES, "actor", "learner")
+    assert str(caught.value) == (
+        "validator 'pi-rl.lab' of an unknown distribution cannot judge the metadata of learner and actor "
+        "(KeyError: 'pi-rl.lab.gravity'); correct or uninstall it"
+    )
+
+
+def test_a_field_looks_in_this_process_as_it_is_read_by_another(monkeypatch):
+    values = {"sizes": (1, 2.0), "names": {1: "one"}, "none": None}
+    validators(monkeypatch, fields=lambda cfg, adapter: values)
+    additional = described().additional
+    assert additional == {
+        "pi-rl.lab.sizes": [1, 2],
+        "pi-rl.lab.names": {"1": "one"},
+        "pi-rl.lab.none": None,
+    }
+    assert json.loads(json.dumps(additional)) == additional

@@ -246,3 +246,60 @@ def test_a_validator_that_two_distributions_declare_is_refused_with_both(site):
         f"'pi-rl.lab' in {registry.CHECKPOINT_VALIDATORS} is declared by lab 1.2 (lab:VALIDATOR) and "
         "workshop 1.2 (workshop:VALIDATOR); uninstall all but one of them"
     )
+
+
+def fields_of(site: Path, expression: str) -> dict:
+    """Return the fields of a validator whose function returns an expression."""
+    source = f"""
+import math
+from pathlib import Path
+
+import numpy
+
+from lerobot_pirl.registry import CheckpointValidator
+
+VALIDATOR = CheckpointValidator(validate=print, fields=lambda cfg, adapter: {expression})
+"""
+    validators_of(site, "lab", source)
+    return registry.validator_fields("pi-rl", None, None)
+
+
+def test_fields_of_a_validator_carry_its_name(site):
+    assert fields_of(site, "{'gravity': 9.81, 'floor': None}") == {
+        "pi-rl.lab.gravity": 9.81,
+        "pi-rl.lab.floor": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("expression", "problem"),
+    [
+        ("None", "returns its fields as a NoneType instead of a dict"),
+        ("['gravity']", "returns its fields as a list instead of a dict"),
+        ("{'gravity': 1 / 0}", "cannot tell its fields (ZeroDivisionError: division by zero)"),
+        (
+            "{'seed': cfg.seed}",
+            "cannot tell its fields (AttributeError: 'NoneType' object has no attribute 'seed')",
+        ),
+        (
+            "{'gravity': numpy.float32(9.81)}",
+            "returns no JSON value as its field 'gravity' (TypeError: Object of type float32 is not JSON serializable)",
+        ),
+        (
+            "{'floor': 1, 'scene': Path('a')}",
+            "returns no JSON value as its field 'scene' (TypeError: Object of type PosixPath is not JSON serializable)",
+        ),
+    ],
+)
+def test_a_validator_whose_fields_are_wrong_is_named_with_its_distribution(site, expression, problem):
+    with pytest.raises(registry.RegistryError) as caught:
+        fields_of(site, expression)
+    assert str(caught.value) == f"validator 'pi-rl.lab' of lab 1.2 {problem}; correct or uninstall it"
+
+
+@pytest.mark.parametrize("value", ["math.nan", "math.inf", "[1, {'deep': math.nan}]"])
+def test_a_field_that_is_not_finite_is_refused(site, value):
+    with pytest.raises(
+        registry.RegistryError, match=r"^validator 'pi-rl\.lab' of lab 1\.2 .* 'gravity' \(ValueError"
+    ):
+        fields_of(site, f"{{'gravity': {value}}}")

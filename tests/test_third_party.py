@@ -242,7 +242,7 @@ def test_a_resume_after_a_third_partys_field_has_changed_is_refused_by_name(refu
     assert lines[start].endswith("differ in pi-rl.lab.gravity:")
     assert lines[start + 2].split() == ["pi-rl.lab.gravity", "9.81", "1.62"]
     assert lines[start + 4 :] == [
-        "What to do: install the same package with validator 'pi-rl.lab' on both sides.",
+        "What to do: make validator 'pi-rl.lab' find the same on both sides.",
         "If the change is meant, name it: --accept_changes=pi-rl.lab.gravity; the metadata's history keeps it.",
     ]
 

@@ -103,6 +103,9 @@ class Stage:
             raise ValueError(f"{name} has counters of {progress.episodes} and weights of {sorted(found)}")
         return progress.episodes, progress
 
+    def steps_before(self) -> list[str]:
+        return [path.name for path in self.before.glob("[0-9]*")]
+
     def put_back(self) -> None:
         shutil.rmtree(self.checkpoints)
         shutil.copytree(self.before, self.checkpoints, symlinks=True)
@@ -176,8 +179,9 @@ def problem(stage: Stage, outcome: Outcome) -> str | None:
             folders.verify(stage.checkpoints / name)
         links = {name: os.readlink(stage.checkpoints / name) for name in (folders.LAST, folders.BEST)}
         expected = {folders.LAST: "000009", folders.BEST: f"{progress.best_version:06d}"}
-        if links != expected or any(name.startswith(".") for name in names):
-            return f"after the next save there are {names} and links {links}"
+        lost = [] if stage.run.cfg.keep_last_n else sorted(set(stage.steps_before()) - set(names))
+        if links != expected or lost or any(name.startswith(".") for name in names):
+            return f"after the next save there are {names} and links {links}, and {lost} are lost"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -207,6 +211,12 @@ def play(stage: Stage, scene: Scene) -> Outcome:
     return outcome
 
 
+def two_checkpoints(stage: Stage) -> None:
+    """Leave two checkpoints, and links to the second alone."""
+    stage.save(1, FORMER, best=1)
+    stage.save(2, FORMER, best=2)
+
+
 def replaced_and_killed(stage: Stage) -> None:
     """Leave what is there when the former checkpoint has lost its name and the new one has not got it."""
     stage.save(2, FORMER, best=2)
@@ -224,6 +234,9 @@ SCENES = {
     ),
     "a checkpoint of the same step": Scene(
         lambda stage: stage.save(2, FORMER, best=2), lambda stage: stage.save(2, NEW, best=2)
+    ),
+    "an earlier step that no link leads to": Scene(
+        two_checkpoints, lambda stage: stage.save(1, NEW, best=2), contents=3, trees=3
     ),
     "one that is kept alone": Scene(
         lambda stage: stage.save(2, FORMER, best=2), lambda stage: stage.save(3, NEW, best=3, keep=1)

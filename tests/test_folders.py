@@ -293,6 +293,19 @@ def test_the_folders_around_a_first_one_are_flushed_after_they_were_made(flushed
     assert not {path.stat().st_ino for path in around[:2]} & set(flushed)
 
 
+def test_a_folder_that_may_be_written_but_not_read_takes_new_folders(tmp_path, monkeypatch):
+    open_any = os.open
+
+    def open_readable(path, *args, **kwargs):
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_any(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_readable)
+    make(tmp_path / "checkpoints" / "000001")
+    assert text_of(tmp_path / "checkpoints" / "000001") == "text"
+
+
 def test_a_folder_that_is_locked_is_flushed_when_it_was_made(flushed, tmp_path):
     with folders.lock(tmp_path / "some" / "run"):
         assert {tmp_path.stat().st_ino, (tmp_path / "some").stat().st_ino} <= set(flushed)

@@ -15,12 +15,35 @@ METRICS_FILE = "metrics.jsonl"
 SUCCESS, EVALUATED = "rollout/success_rate", "eval/success_rate"
 
 
+def read_records(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    """Return the records in the lines of a run's metrics.
+
+    Raises:
+        ValueError: for a line that is none, with its number and what to do.
+    """
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+            raise ValueError(
+                f"line {number} of {path} is no JSON object with an iteration; remove the line and try again"
+            )
+        records.append(record)
+    return records
+
+
 class MetricsLog:
     """Appends one JSON object per iteration and per evaluation."""
 
     def __init__(self, cfg: Any, iterations_done: int, evaluated_version: int = -1) -> None:
         """Open the log of a run; records of iterations and evaluations that a resumed run does again are dropped."""
         self.path = Path(cfg.output_dir) / METRICS_FILE
+        self._unwritten = ""
+        # a refusal comes before anything is changed
+        kept, dropped, cut = self._split(iterations_done, evaluated_version)
         self.wandb = self._open_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,8 +51,13 @@ class MetricsLog:
             raise OSError(
                 f"output_dir={cfg.output_dir} cannot be created ({error}); choose another one"
             ) from error
-        self._drop_after(iterations_done, evaluated_version)
-        self._unwritten = ""
+        if dropped:
+            self._put_aside(dropped, iterations_done)
+        if dropped or cut:
+            fresh = self.path.with_suffix(".new")
+            fresh.unlink(missing_ok=True)
+            _append(fresh, b"".join(kept))
+            fresh.replace(self.path)
 
     @staticmethod
     def _open_wandb(cfg: Any) -> Any:
@@ -42,22 +70,36 @@ class MetricsLog:
                 "wandb.enable=True needs a wandb that this LeRobot knows; install it with "
                 f"pip install 'lerobot[training]', or leave wandb.enable out ({error})"
             ) from error
+        except RuntimeError as error:
+            if not cfg.resume or cfg.wandb.run_id:
+                raise
+            raise ValueError(
+                f"wandb.enable=True cannot go on with this run's wandb run ({error}); name one that exists with "
+                "--wandb.run_id=..., or leave wandb off with --wandb.enable=false"
+            ) from error
 
-    def _drop_after(self, iteration: int, evaluated_version: int) -> None:
+    def _split(self, iteration: int, evaluated_version: int) -> tuple[list[bytes], list[bytes], bytes]:
+        """Return the lines that stay, those of what is done again, and half a line that a kill left."""
         if not self.path.exists():
-            return
-
-        def is_done(line: str) -> bool:
-            record = json.loads(line)
+            return [], [], b""
+        *lines, cut = self.path.read_bytes().split(b"\n")
+        kept: list[bytes] = []
+        dropped: list[bytes] = []
+        for line, record in zip(lines, read_records(self.path, lines), strict=True):
             done = evaluated_version if EVALUATED in record else iteration
-            return record["iteration"] <= done
+            (kept if record["iteration"] <= done else dropped).append(line + b"\n")
+        return kept, dropped, cut
 
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and is_done(line)]
-        if kept != lines:
-            fresh = self.path.with_suffix(".new")
-            fresh.write_text("".join(kept))
-            fresh.replace(self.path)
+    def _put_aside(self, lines: list[bytes], iteration: int) -> None:
+        aside = self.path.with_name(f"{self.path.stem}.before-{iteration}{self.path.suffix}")
+        _append(aside, b"".join(lines))
+        logger.info(
+            "%d lines of %s, of updates and evaluations after update %d, are done again; they are kept in %s",
+            len(lines),
+            self.path,
+            iteration,
+            aside.name,
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; numbers that are not finite become null.
@@ -75,24 +117,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Write what a full disk has refused so far; raises OSError, naming the file, when it still does."""
-        try:
-            if self._unwritten:
-                self._append(self._unwritten)
-        except OSError as error:
-            raise OSError(f"{self.path} cannot be written ({error})") from error
+        if self._unwritten:
+            _append(self.path, self._unwritten.encode())
         self._unwritten = ""
-
-    def _append(self, text: str) -> None:
-        """Append whole lines or nothing."""
-        with self.path.open("ab", buffering=0) as file:
-            size = file.tell()
-            data = text.encode()
-            try:
-                if file.write(data) != len(data):
-                    raise OSError("the disk is full")
-            except OSError:
-                os.truncate(self.path, size)
-                raise
 
     def log_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint's policy to wandb, unless ``wandb.disable_artifact``."""
@@ -100,9 +127,29 @@ class MetricsLog:
             self.wandb.log_policy(folder)
 
     def close(self) -> None:
-        """End the wandb run, if there is one."""
+        """Write what is left, if it can be, and end the wandb run, if there is one."""
+        try:
+            self.flush()
+        except OSError as error:
+            logger.error("%s; %d of its lines are lost", error, self._unwritten.count("\n"))
         if self.wandb:
             self.wandb._wandb.finish()
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append whole lines or nothing, for good: a checkpoint is not on the disk before the lines of its updates."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError("the disk is full")
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, size)
+                raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def rollout_record(rollout: Rollout) -> dict[str, float]:

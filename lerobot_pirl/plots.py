@@ -1,14 +1,13 @@
 """Pictures of a run, drawn from its ``metrics.jsonl``."""
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lerobot_pirl.metrics import EVALUATED, METRICS_FILE, SUCCESS
+from lerobot_pirl.metrics import EVALUATED, METRICS_FILE, SUCCESS, read_records
 
 CURVE_FILE = "learning_curve.png"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -25,12 +24,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; name the output folder of a run that finished an iteration")
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path} is no JSON; remove it and try again") from error
+    records = read_records(path, path.read_bytes().splitlines())
     if not any(SUCCESS in record for record in records):
         raise ValueError(f"{path} is empty; the run has not finished an iteration yet")
     return records

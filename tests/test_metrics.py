@@ -1,6 +1,8 @@
 """A run's numbers: what is written, what a resume keeps, and the pictures drawn of them."""
 
+import errno
 import json
+import logging
 import math
 import os
 import resource
@@ -75,6 +77,66 @@ def test_a_resume_drops_what_it_does_again_and_half_a_line(tmp_path):
     assert [r["rollout/success_rate"] for r in read_metrics(tmp_path)] == [0.1, 0.2, 0.9]
 
 
+def kept_aside(folder: Path, iteration: int) -> list[tuple[int, float]]:
+    """Return iteration and success of the lines that a resume after an update put aside."""
+    lines = (folder / f"metrics.before-{iteration}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(r["iteration"], r.get("rollout/success_rate", r.get("eval/success_rate"))) for r in records]
+
+
+def test_what_a_resume_drops_is_kept_beside_the_log_and_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_run(tmp_path, [0.1, 0.2, 0.3], {3: 0.7})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "cut sh')
+    log = log_of(tmp_path, iterations_done=1)
+    assert kept_aside(tmp_path, 1) == [(2, 0.2), (3, 0.3), (3, 0.7)]
+    (line,) = [r.message for r in caplog.records]
+    assert line.startswith(f"3 lines of {tmp_path}/metrics.jsonl, ")
+    assert line.endswith("kept in metrics.before-1.jsonl")
+    log.write(record(2, 0.9))
+    log_of(tmp_path, iterations_done=1)
+    assert kept_aside(tmp_path, 1) == [(2, 0.2), (3, 0.3), (3, 0.7), (2, 0.9)]
+    assert [r["iteration"] for r in read_metrics(tmp_path)] == [1]
+
+
+def test_half_a_line_alone_is_not_kept_aside(tmp_path):
+    write_run(tmp_path, [0.1])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 100)
+    log_of(tmp_path, iterations_done=1)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert [r["iteration"] for r in read_metrics(tmp_path)] == [1]
+
+
+DAMAGE = {
+    "NUL": b"\0" * 40,
+    "garbage": b"\xff\xfe{",
+    "empty": b"",
+    "cut": b'{"iteration": 2, "rol',
+    "no iteration": b'{"loss": 1}',
+    "iteration of another type": b'{"iteration": "2"}',
+    "no object": b"[2]",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_is_named_by_a_resume_and_a_plot_and_the_log_left_as_it_is(tmp_path, damage):
+    write_run(tmp_path, [0.1, 0.2, 0.3])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"".join(line + b"\n" for line in [lines[0], damage, lines[2]]))
+    before = path.read_bytes()
+    for read in (lambda: log_of(tmp_path, iterations_done=1), lambda: read_metrics(tmp_path)):
+        with pytest.raises(ValueError, match="^line 2 of") as caught:
+            read()
+        assert str(caught.value) == (
+            f"line 2 of {path} is no JSON object with an iteration; remove the line and try again"
+        )
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
 def test_a_log_that_needs_no_change_is_left_alone(tmp_path):
     write_run(tmp_path, [0.1, 0.2])
     before = (tmp_path / "metrics.jsonl").stat().st_ino
@@ -120,6 +182,58 @@ def test_what_a_full_disk_refuses_is_kept_and_written_later_in_whole_lines(tmp_p
     assert read_metrics(tmp_path) == expected
     log.write(record(4))
     assert read_metrics(tmp_path) == [*expected, record(4)]
+
+
+def test_a_line_is_on_the_disk_before_its_writing_is_over(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, path.read_bytes().count(b"\n")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    log = log_of(tmp_path)
+    for iteration in (1, 2):
+        log.write(record(iteration))
+    assert synced == [("metrics.jsonl", 1), ("metrics.jsonl", 2)]
+    log_of(tmp_path, iterations_done=1)
+    assert synced[2:] == [("metrics.before-1.jsonl", 1), ("metrics.new", 1)]
+
+
+def test_what_could_not_be_flushed_is_not_taken_for_written(tmp_path, monkeypatch):
+    log, path = log_of(tmp_path), tmp_path / "metrics.jsonl"
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        log.write(record(1))
+        assert path.read_bytes() == b""
+        with pytest.raises(OSError, match=f"^{path} cannot be written .*Input/output error"):
+            log.flush()
+    log.flush()
+    assert read_metrics(tmp_path) == [record(1)]
+
+
+def test_the_end_writes_what_is_left(tmp_path):
+    log = log_of(tmp_path)
+    with size_limit(0):
+        log.write(record(1))
+    log.close()
+    assert read_metrics(tmp_path) == [record(1)]
+
+
+def test_the_end_says_what_is_lost(tmp_path, caplog):
+    log = log_of(tmp_path)
+    with size_limit(0):
+        log.write(record(1))
+        log.write(record(2))
+        caplog.clear()
+        log.close()
+    (line,) = [r.message for r in caplog.records]
+    assert line.startswith(f"{tmp_path}/metrics.jsonl cannot be written (")
+    assert line.endswith("; 2 of its lines are lost")
 
 
 def test_a_folder_that_is_gone_for_a_while_costs_no_record(tmp_path):
@@ -240,6 +354,31 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_with_the_config_it_goes_on_with(
     assert (start["config"]["algorithm"]["gamma"], start["config"]["resume"]) == (0.5, True)
     # told to the next checkpoint as well: an accepted change is no longer one
     assert start["config"]["accept_changes"] == ""
+
+
+def saved_without_wandb(folder: Path) -> Path:
+    run = new_run(folder)
+    run.update(seed=1)
+    return run.save()
+
+
+WANDB_ON = ("--wandb.enable=true", "--wandb.project=piRL")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_turned_on_by_a_resume_says_what_to_do(tmp_path, wandb, resumed_learner):
+    with pytest.raises(
+        ValueError, match="^wandb.enable=True cannot go on .* previous WandB run ID"
+    ) as caught:
+        resumed_learner(saved_without_wandb(tmp_path / "run"), *WANDB_ON)
+    assert "--wandb.run_id=..., or leave wandb off with --wandb.enable=false" in str(caught.value)
+    assert wandb.starts == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_turned_on_by_a_resume_goes_on_in_the_run_that_is_named(tmp_path, wandb, resumed_learner):
+    resumed_learner(saved_without_wandb(tmp_path / "run"), *WANDB_ON, "--wandb.run_id=named")
+    assert [start["id"] for start in wandb.starts] == ["named"]
 
 
 @pytest.mark.parametrize("count", [1, 25])

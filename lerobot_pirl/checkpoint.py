@@ -8,7 +8,7 @@ of all files; ``checkpoints/last`` points at the newest complete one, ``checkpoi
 import copy
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def verify(checkpoint_dir: Path, part: str = "") -> None:
 
 
 def load(
-    checkpoint_dir: Path, algorithm: Any, metadata: Metadata, accepted: Iterable[str] = ()
+    checkpoint_dir: Path, algorithm: Any, metadata: Metadata, accepted: Sequence[str] = ()
 ) -> tuple[Progress, Metadata]:
     """Restore trained weights, value head, optimiser, scheduler, random states and counters.
 
@@ -222,7 +222,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _judge(metadata: Metadata, stored: dict[str, Any], accepted: Iterable[str]) -> dict[str, Any]:
+def _judge(metadata: Metadata, stored: dict[str, Any], accepted: Sequence[str]) -> dict[str, Any]:
     """Compare metadata; return ``{name: [checkpoint's value, this run's]}`` of what the user accepted."""
     mine = metadata.to_dict()
     theirs, changes = accept_changes(mine, stored, accepted)
@@ -231,7 +231,7 @@ def _judge(metadata: Metadata, stored: dict[str, Any], accepted: Iterable[str]) 
     except MetadataMismatch as error:
         if not error.names or set(error.names) & set(NEVER_ACCEPTED):
             raise
-        names = ",".join([*changes, *error.names])
+        names = ",".join(dict.fromkeys([*accepted, *error.names]))
         raise MetadataMismatch(
             f"{error}\nIf the change is meant, name it: --accept_changes={names}; the metadata's history keeps it.",
             error.names,

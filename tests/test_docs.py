@@ -57,7 +57,7 @@ def test_what_no_flag_can_change_is_named():
 def test_exactly_the_options_that_do_not_count_are_listed(cfg):
     section = between(CHECKPOINTS, "**Options that do not**", "\n\nThe hash")
     counted = metadata.critical_config(cfg)
-    for group in ("algorithm", "policy"):
+    for group in ("algorithm", "policy", "env"):
         left_out = {field.name for field in dataclasses.fields(getattr(cfg, group))} - set(counted[group])
         listed = set(re.findall(rf"`{group}\.(\w+)`", section))
         assert listed == {name for name in left_out if not name.startswith(("optimizer_", "scheduler_"))}

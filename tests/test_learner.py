@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from lerobot_pirl import checkpoint, folders
+from lerobot_pirl import checkpoint, folders, metrics
 from lerobot_pirl import learner as learner_module
 from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.launch import RunError
@@ -428,15 +429,15 @@ def test_a_best_policy_that_could_not_be_saved_is_not_the_best(learner, full_dis
 
 
 def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
-    append, tries = learner.metrics._append, []
+    append, tries = metrics._append, []
 
-    def refuse_twice_at_the_end(text: str) -> None:
+    def refuse_twice_at_the_end(path: Path, data: bytes) -> None:
         if learner.version == 2 and len(tries) < 2:
-            tries.append(text)
+            tries.append(data)
             raise OSError(28, "No space left on device")
-        append(text)
+        append(path, data)
 
-    monkeypatch.setattr(learner.metrics, "_append", refuse_twice_at_the_end)
+    monkeypatch.setattr(metrics, "_append", refuse_twice_at_the_end)
     monkeypatch.setattr(learner_module, "RETRY_SAVING_S", 0)
     for version in range(2):
         deliver(learner, version=version)

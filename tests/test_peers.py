@@ -29,6 +29,7 @@ REMEDIES = {
     "lerobot_version": "the same lerobot ",
     "tokenizer_digest": "the same tokenizer",
     "encoder_digest": "the same pretrained weights",
+    "processors_digest": "policy_preprocessor.json",
     "additional": "validator 'another'",
 }
 # an option of one process that differs, and what else than the config's hash differs with it

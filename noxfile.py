@@ -72,6 +72,12 @@ def package(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def soak_kills(session: nox.Session) -> None:
-    """Kill a learner fifty times and compare it with one that was left alone; takes a quarter of an hour."""
-    session.install(".")
+    """Kill a learner fifty times, and saves at every file-system operation; takes half an hour."""
+    session.install(".[test]")
     session.run("python", "-m", "benchmarks.kill_soak", *session.posargs)
+    single_thread = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    report = "benchmarks/results/kills_everywhere.json"
+    session.run(
+        *("python", "-m", "tests.kills", session.create_tmp(), "--everywhere", "--report", report),
+        env=single_thread,
+    )

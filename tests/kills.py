@@ -1,8 +1,13 @@
 """Saves that are killed at one file-system operation after the other, each in a fork of a process that built a run.
 
-Run as a program with an empty folder, it prints what it saw as JSON. It has one thread, or it could not fork.
+    python -m tests.kills FOLDER [--everywhere] [--report FILE]
+
+FOLDER is an empty one. It prints what it saw as JSON, or a summary into FILE. With --everywhere a save is killed before
+and after every operation, but for writes into buffers, of which there are thousands, at every hundredth. It has one
+thread, or it could not fork.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -11,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,8 +153,12 @@ def killed(save: Callable[[], None], place: int) -> bool:
     return os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
-def places(seen: list[tuple[str, str]], scene: Scene) -> list[int]:
+def places(seen: list[tuple[str, str]], scene: Scene, everywhere: bool) -> list[int]:
     """Return where to kill."""
+    if everywhere:
+        writes = [place for place, (_, name) in enumerate(seen) if name == "write"]
+        others = [place for place, (_, name) in enumerate(seen) if name not in READS | {"write"}]
+        return sorted(others + writes[::100])
     chosen: list[int] = []
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, (when, name) in enumerate(seen):
@@ -187,8 +196,8 @@ def problem(stage: Stage, outcome: Outcome) -> str | None:
     return None
 
 
-def play(stage: Stage, scene: Scene) -> Outcome:
-    """Kill a scene's save everywhere."""
+def play(stage: Stage, scene: Scene, everywhere: bool = False) -> Outcome:
+    """Kill a scene's save in many places, or everywhere."""
     started = time.monotonic()
     shutil.rmtree(stage.checkpoints, ignore_errors=True)
     shutil.rmtree(stage.before, ignore_errors=True)
@@ -200,7 +209,7 @@ def play(stage: Stage, scene: Scene) -> Outcome:
 
     seen = traced(save)
     outcome = Outcome(sorted({name for _, name in seen}))
-    for place in places(seen, scene):
+    for place in places(seen, scene, everywhere):
         stage.put_back()
         when, name = seen[place]
         outcome.kills.append(name)
@@ -247,20 +256,43 @@ SCENES = {
 }
 
 
-def main(folder: Path) -> None:
-    """Play all scenes and print the outcomes."""
+def main() -> None:
+    """Play all scenes and tell the outcomes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--everywhere", action="store_true")
+    parser.add_argument("--report", type=Path)
+    args = parser.parse_args()
+
     import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # a fork of a process with threads
     warnings.filterwarnings("error", category=DeprecationWarning, message=".*fork")
-    stage = Stage(folder)
+    stage = Stage(args.folder)
     # what is never collected is not copied into every fork
     gc.disable()
     gc.freeze()
-    json.dump({name: asdict(play(stage, scene)) for name, scene in SCENES.items()}, sys.stdout)
+    outcomes = {}
+    for name, scene in SCENES.items():
+        outcomes[name] = asdict(play(stage, scene, args.everywhere))
+        sys.stderr.write(f"{name}: {len(outcomes[name]['kills'])} kills, {outcomes[name]['problems']}\n")
+    if args.report is None:
+        json.dump(outcomes, sys.stdout)
+        return
+    summary = {
+        name: {
+            "kills": len(outcome["kills"]),
+            "kills_by_operation": dict(Counter(outcome["kills"]).most_common()),
+            "problems": outcome["problems"],
+            "seconds": outcome["seconds"],
+        }
+        for name, outcome in outcomes.items()
+    }
+    args.report.write_text(json.dumps(summary, indent=2) + "\n")
+    sys.exit(any(outcome["problems"] for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -28,7 +28,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def _plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """Draw the curves of runs as learning_curve.png in their output folders, and several runs together."""
+    """Draw the curves of runs as learning_curve.png in their output folders."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
     parser.add_argument(
         "--together",

@@ -48,15 +48,15 @@ class Learner:
         self.publish_s = 0.0
         self.best_saved = self.progress.best_version, self.progress.best_success_rate
         if cfg.resume:
-            self.lock = folders.lock(Path(cfg.output_dir))
             self._resume()
         self.interrupts = launch.Interrupts()
         wire = cfg.algorithm.wire
         self.server = LearnerServer(wire.host, wire.port)
         self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
-        if not cfg.resume:
-            # not before now: a learner that cannot start leaves no folder
-            self.lock = folders.lock(Path(cfg.output_dir))
+        # not before now: a learner that cannot start leaves no folder, and a run as it is
+        self.lock = folders.lock(Path(cfg.output_dir))
+        if cfg.resume:
+            checkpoint.lead_last_to(cfg, self.version)
         self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
@@ -93,7 +93,6 @@ class Learner:
                 f"steps={self.cfg.steps} is less than the {self.version} updates of {self.cfg.checkpoint_path}; raise "
                 "--steps"
             )
-        checkpoint.lead_last_to(self.cfg, self.version)
         logger.info("resumed %s at update %d", self.cfg.checkpoint_path, self.version)
 
     @property

@@ -744,7 +744,7 @@ def test_stock_x_vla_loads_the_saved_policy_and_acts_alike(adapter, observed, sa
 def test_weights_of_another_shape_are_refused(saved):
     cfg, _ = saved
     cfg.policy.hidden_size = 32
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"do not fit the options under `policy`.*size mismatch"):
         make_adapter(cfg)
 
 

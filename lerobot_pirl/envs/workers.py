@@ -1,7 +1,9 @@
 """Environments in worker processes, with a sentence instead of ``EOFError`` when one of them dies."""
 
+import functools
 import multiprocessing
 import multiprocessing.connection
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,13 @@ class WorkerDied(ConnectionError):
     """A worker process ended on its own; the message says which one, how, and what to look at."""
 
 
+def _build(maker: Callable[[], gym.Env]) -> gym.Env:
+    """Build an environment; in a worker, leave Ctrl-C, which reaches the whole terminal, to the process it serves."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return maker()
+
+
 class WorkerEnvs(gym.vector.AsyncVectorEnv):
     """One process per environment (forkserver, shared memory), none of which resets by itself.
 
@@ -32,7 +41,7 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         with self._explained():
             super().__init__(
-                makers,
+                [functools.partial(_build, maker) for maker in makers],
                 context="forkserver",
                 shared_memory=True,
                 autoreset_mode=gym.vector.AutoresetMode.DISABLED,

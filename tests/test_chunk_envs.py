@@ -424,6 +424,31 @@ def test_death_of_a_worker_is_one_sentence_and_no_hang(workers, moment):
     assert bounded(workers.close) is None
 
 
+def test_ctrl_c_which_reaches_the_workers_too_leaves_them_working(workers):
+    first, _ = workers.reset(seed=0)
+    for process in workers.processes:
+        os.kill(process.pid, signal.SIGINT)
+    again, _ = workers.reset(seed=0)
+    assert_same(first, again)
+    assert all(process.is_alive() for process in workers.processes)
+
+
+def test_workers_are_stopped_in_silence_when_a_call_is_interrupted(workers, monkeypatch, capfd):
+    workers.reset(seed=0)
+    workers.step_async(np.zeros((3, CHUNK, 7), np.float32))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    # the first answer is taken, the others are on their way
+    workers.parent_pipes[0].recv()
+    monkeypatch.setattr("gymnasium.vector.AsyncVectorEnv.step_wait", interrupted)
+    assert isinstance(bounded(workers.step_wait), KeyboardInterrupt)
+    assert bounded(workers.close) is None
+    assert not any(process.is_alive() for process in workers.processes)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 class Probe(CountingEnv):
     """Tells in its task description which modules were there when it was built."""
 

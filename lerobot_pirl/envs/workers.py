@@ -38,6 +38,7 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
     """
 
     def __init__(self, makers: list[Callable[[], gym.Env]]):
+        self.half_done = False
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         with self._explained():
             super().__init__(
@@ -73,8 +74,8 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
             super().set_attr(name, values)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """Close the environments; with one of them dead the others are stopped without a farewell."""
-        if all(process.is_alive() for process in self.processes):
+        """Close the environments; with one dead, or a call half done, they are stopped without a farewell."""
+        if not self.half_done and all(process.is_alive() for process in self.processes):
             super().close_extras(timeout, terminate)
         else:
             self._stop()
@@ -92,6 +93,10 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
             # without frames: a failed send leaves a memoryview there, on which the garbage collector of Python
             # 3.12.1 crashes (python/cpython#77894)
             raise WorkerDied(notice) from error.with_traceback(None)
+        except KeyboardInterrupt:
+            # whose answers are on their way is not known any more
+            self.half_done = True
+            raise
 
     def _death_notice(self) -> str | None:
         sentinels = [process.sentinel for process in self.processes]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.vector.async_vector_env import AsyncState
 
 # loaded once in the fork server instead of once per worker; nothing here may initialise a renderer
 PRELOADED = ["__main__", "lerobot_pirl.envs.chunk"]
@@ -75,7 +76,8 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         """Close the environments; with one dead, or a call half done, they are stopped without a farewell."""
-        if not self.half_done and all(process.is_alive() for process in self.processes):
+        waiting = self.half_done or self._state is not AsyncState.DEFAULT
+        if not waiting and all(process.is_alive() for process in self.processes):
             super().close_extras(timeout, terminate)
         else:
             self._stop()

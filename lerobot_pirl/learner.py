@@ -18,12 +18,11 @@ from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
 from lerobot_pirl.plots import plot_run, summary
 from lerobot_pirl.rollout import Rollout
+from lerobot_pirl.saving import Saver
 from lerobot_pirl.transport import LearnerServer
 from lerobot_pirl.wire import Message
 
 logger = logging.getLogger(__name__)
-
-RETRY_SAVING_S = 10
 
 
 class Learner:
@@ -43,10 +42,7 @@ class Learner:
         self.session = uuid.uuid4().hex
         self.updating = False
         self.progress = checkpoint.Progress()
-        self.saved_version: int | None = None
-        self.unsaved = False
         self.publish_s = 0.0
-        self.best_saved = self.progress.best_version, self.progress.best_success_rate
         if cfg.resume:
             self._resume()
         self.interrupts = launch.Interrupts()
@@ -58,6 +54,7 @@ class Learner:
         if cfg.resume:
             checkpoint.lead_last_to(cfg, self.version)
         self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
+        self.saver = Saver(cfg, self.adapter, self.algorithm, self.metadata, self.progress, self.metrics)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
         logger.info("metadata %s", one_line(self.metadata.to_dict()))
@@ -86,8 +83,6 @@ class Learner:
             logger.info("accepted when resuming at update %d: %s", entry["version"], entry["changes"])
         # the next resume has its own say
         self.cfg.accept_changes = ""
-        self.saved_version = self.version
-        self.best_saved = self.progress.best_version, self.progress.best_success_rate
         if self.version > self.cfg.steps:
             raise ValueError(
                 f"steps={self.cfg.steps} is less than the {self.version} updates of {self.cfg.checkpoint_path}; raise "
@@ -144,7 +139,7 @@ class Learner:
                 f"an actor evaluated {len(evaluation)} episodes instead of eval.n_episodes={self.cfg.eval.n_episodes}; "
                 "install the same lerobot-pirl on both sides"
             )
-        self._forget_lost_best()
+        self.saver.forget_lost_best()
         progress = self.progress
         progress.evaluated_version = self.version
         record = {"iteration": self.version, "policy_version": self.version} | evaluation.to_log_dict()
@@ -161,13 +156,8 @@ class Learner:
         if best:
             progress.best_version, progress.best_success_rate = self.version, success_rate
         # a checkpoint of this version may have been written before its evaluation: by an interrupt, or without any
-        if best or self.saved_version == self.version:
-            self.save(again=True)
-
-    def _forget_lost_best(self) -> None:
-        """Go back to the best policy that was saved: one that could not be, while it was the best, is gone."""
-        if self.cfg.save_checkpoint and self.progress.best_version != self.version:
-            self.progress.best_version, self.progress.best_success_rate = self.best_saved
+        if best or self.saver.saved_version == self.version:
+            self.saver.save(again=True)
 
     def _check_baseline(self) -> None:
         """Raise RunError when the policy that training starts from was evaluated and never succeeded."""
@@ -209,35 +199,6 @@ class Learner:
             logger.info(iteration_line(record, self.cfg.steps))
         self.publish()
 
-    def save(self, again: bool = False) -> bool:
-        """Write a checkpoint of the present version, unless none is wanted or it is there and not wanted ``again``.
-
-        Returns:
-            False when it could not be written; training can go on, and the next update tries again.
-        """
-        saved = self.saved_version == self.version and not self.unsaved
-        if (saved and not again) or not self.cfg.save_checkpoint:
-            return True
-        self._forget_lost_best()
-        try:
-            # the log of a checkpoint's iterations is on the disk before the checkpoint is
-            self.metrics.flush()
-            path = checkpoint.save(self.cfg, self.adapter, self.algorithm, self.metadata, self.progress)
-        except (checkpoint.CheckpointError, OSError) as error:
-            self.unsaved = True
-            logger.error(
-                "%s; version %s is the last one saved; free space or make the folder writable",
-                error,
-                self.saved_version,
-            )
-            return False
-        self.unsaved = False
-        self.saved_version = self.version
-        self.best_saved = self.progress.best_version, self.progress.best_success_rate
-        self.metrics.log_checkpoint(path)
-        logger.info("checkpoint %s", path)
-        return True
-
     def run(self) -> None:
         """Train until ``steps`` updates are done; leave a checkpoint however it ends."""
         ok, reason = False, "the learner failed"
@@ -271,27 +232,22 @@ class Learner:
         while self.version < self.cfg.steps and not self._is_stale:
             self.iterate()
             self.evaluate()
-            due = self.unsaved or should_save_checkpoint(self.version, self.cfg.save_freq, self.cfg.steps)
+            due = self.saver.unsaved or should_save_checkpoint(
+                self.version, self.cfg.save_freq, self.cfg.steps
+            )
             # the last one is written, and waited for, when this is over
             if due and self.version < self.cfg.steps:
-                self.save()
+                self.saver.save()
             self.interrupts.check()
 
     def _save_whole(self) -> None:
-        """Save what a resume can go on from, and wait for space if need be.
-
-        Weights in the middle of an update belong to no version.
-        """
-        if self.updating:
-            logger.warning(
-                "the unfinished update is lost; the last checkpoint is of version %s", self.saved_version
-            )
+        """Save what a resume can go on from: weights in the middle of an update belong to no version."""
+        if not self.updating:
+            self.saver.save_at_last(self.interrupts)
             return
-        while not self.save():
-            # there is no update to finish any more: one interrupt ends the wait
-            self.interrupts.requested = True
-            logger.warning("trying again every %d s; interrupt to give the state up", RETRY_SAVING_S)
-            time.sleep(RETRY_SAVING_S)
+        logger.warning(
+            "the unfinished update is lost; the last checkpoint is of version %s", self.saver.saved_version
+        )
 
     def _draw(self) -> None:
         """Show the curves; whatever is wrong with them is no reason to fail a run."""

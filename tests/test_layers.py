@@ -17,7 +17,7 @@ ORDER: list[set[str]] = [
     {"startup.learner_main", "startup.actor_main", "startup.train_main"},
     # processes and commands; nothing below knows of them
     {"cli", "learner", "actor"},
-    {"doctor", "inbox"},
+    {"doctor", "inbox", "saving"},
     {"launch"},
     {"plots"},
     {"metrics"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lerobot_pirl import checkpoint, folders, metrics
+from lerobot_pirl import checkpoint, folders, metrics, saving
 from lerobot_pirl import learner as learner_module
 from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.launch import RunError
@@ -263,7 +263,7 @@ def test_a_version_is_evaluated_once(learner):
 def test_an_evaluation_that_comes_after_the_checkpoint_of_its_version_is_put_into_it(learner, success):
     learner.cfg.env_eval_freq, learner.cfg.allow_zero_baseline = 1, True
     learner.progress.best_version, learner.progress.best_success_rate = 0, 0.5
-    learner.save()
+    learner.saver.save()
     evaluated(learner, [success])
     learner.evaluate()
     state = learner.cfg.output_dir / "checkpoints" / "last" / "training_state" / "training_step.json"
@@ -380,7 +380,7 @@ def full_disk(learner, monkeypatch):
         return save(*args)
 
     monkeypatch.setattr(checkpoint, "save", save_or_fail)
-    monkeypatch.setattr(learner_module, "RETRY_SAVING_S", 0)
+    monkeypatch.setattr(saving, "RETRY_SAVING_S", 0)
     return limit, tries
 
 
@@ -438,7 +438,7 @@ def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
         append(path, data)
 
     monkeypatch.setattr(metrics, "_append", refuse_twice_at_the_end)
-    monkeypatch.setattr(learner_module, "RETRY_SAVING_S", 0)
+    monkeypatch.setattr(saving, "RETRY_SAVING_S", 0)
     for version in range(2):
         deliver(learner, version=version)
     learner.run()
@@ -450,7 +450,7 @@ def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
 def test_one_interrupt_ends_the_wait_for_a_last_checkpoint(learner, full_disk, monkeypatch):
     limit, tries = full_disk
     limit["failures"] = 10**9
-    monkeypatch.setattr(learner_module.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(saving.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
     for version in range(2):
         deliver(learner, version=version)
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +17,7 @@ from lerobot_pirl.evaluate import evaluate, evaluation_specs
 from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
 from lerobot_pirl.registry import RegistryError
 from lerobot_pirl.transport import LearnerClient
+from lerobot_pirl.videos import EvaluationVideos
 from lerobot_pirl.weights import load_weights
 from lerobot_pirl.wire import Message
 
@@ -51,13 +54,17 @@ class Actor:
             algorithm.max_episode_steps,
             algorithm.async_envs,
         )
+        descriptions = {task: task_description(cfg.env, task) for task in self.num_init_states}
         logger.info(
             "environment %s %s, %d side by side, %s",
             cfg.env.type,
             cfg.env.task,
             self.envs.num_envs,
-            "; ".join(f"task {task}: {task_description(cfg.env, task)}" for task in self.num_init_states),
+            "; ".join(f"task {task}: {sentence}" for task, sentence in descriptions.items()),
         )
+        # the policy sees one picture per chunk
+        frame_rate = Fraction(cfg.env.fps, algorithm.n_action_steps)
+        self.videos = EvaluationVideos(Path(cfg.output_dir) / "videos", descriptions, frame_rate)
         self.bar = tqdm(total=algorithm.episodes_per_iteration, unit="episode", leave=False, disable=None)
         self.collector = Collector(
             self.envs, self.adapter, algorithm.last_step_prob, cfg.seed, on_progress=self._show_progress
@@ -105,7 +112,12 @@ class Actor:
     def evaluate(self, version: int, session: str, count: int) -> None:
         """Run the run's fixed evaluation episodes without exploration and send what became of them."""
         self._start_bar(f"evaluating policy {version}", count)
-        evaluation = evaluate(self.collector, evaluation_specs(self.num_init_states, count))
+        specs = evaluation_specs(self.num_init_states, count)
+        watch = None
+        if self.cfg.env_eval_videos:
+            self.videos.begin(version)
+            watch = self.videos.watch
+        evaluation = evaluate(self.collector, specs, watch=watch)
         header, tensors = evaluation.to_tensors()
         self.client.send(Message("evaluation", header | self._address(version, session), tensors))
         logger.info(
@@ -115,6 +127,8 @@ class Actor:
             count,
             evaluation.seconds,
         )
+        if self.videos.first:
+            logger.info("%d videos in %s", len(self.videos.first), self.videos.folder)
 
     def collect(self, version: int, session: str) -> None:
         """Run the episodes of one iteration and send them to the learner process that asked for them."""

@@ -73,6 +73,8 @@ class Episode:
 # (features of B observations, B generators) -> policy actions [B, A, D] and what to keep of each, or None
 Act = Callable[[Features, list[torch.Generator]], tuple[Tensor, list[dict[str, Any]] | None]]
 Progress = Callable[[int, int], None]
+# an episode and what the policy is about to see of it, or the observation in which it has ended
+Watch = Callable[[Episode, dict[str, Any]], None]
 
 
 class Collector:
@@ -128,13 +130,20 @@ class Collector:
         rollout.stats = self._seconds | {"collect_s": elapsed, "gripper_flips": gripper_flips}
         return rollout
 
-    def run(self, episodes: list[Episode], act: Act, on_progress: Progress | None = None) -> None:
+    def run(
+        self,
+        episodes: list[Episode],
+        act: Act,
+        on_progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         """Run the episodes to their ends, with what ``act`` does, and write in them what became of them.
 
         Args:
             episodes: fresh ones; finished environments take the next one in the list.
             act: chooses the actions. Where it keeps nothing, nothing of an episode stays in memory.
             on_progress: in place of the collector's own.
+            watch: sees every observation; the next one may overwrite it.
         """
         on_progress = on_progress or self.on_progress
         self._seconds = {"env_s": 0.0, "inference_s": 0.0}
@@ -143,6 +152,7 @@ class Collector:
         observation = self._start_episodes(slots, waiting, None)
         while not all(episode.done for episode in episodes):
             active = [i for i, episode in enumerate(slots) if episode is not None and not episode.done]
+            _show(watch, slots, active, observation)
             with self._timed("inference_s"):
                 features = self._encode(observation, active)
                 chosen, rows = act(features, [slots[i].generator for i in active])
@@ -151,6 +161,7 @@ class Collector:
                 observation, rewards, _, _, infos = self.envs.step(actions)
             for i, row in zip(active, rows or [None] * len(active), strict=True):
                 _record(slots[i], row, float(rewards[i]), {name: values[i] for name, values in infos.items()})
+            _show(watch, slots, [i for i in active if slots[i].done], observation)
             truncated = [i for i in active if infos["truncated"][i]]
             if rows and truncated:
                 with self._timed("inference_s"):
@@ -215,7 +226,13 @@ def _take(waiting: list[Episode], previous: Episode | None) -> Episode:
     return episode
 
 
-def _select(observation: Any, slots: list[int]) -> Any:
+def _show(watch: Watch | None, slots: list[Episode | None], shown: list[int], observation: Any) -> None:
+    if watch is not None:
+        for i in shown:
+            watch(slots[i], _select(observation, i))
+
+
+def _select(observation: Any, slots: list[int] | int) -> Any:
     if isinstance(observation, dict):
         return {key: _select(value, slots) for key, value in observation.items()}
     return observation[slots]

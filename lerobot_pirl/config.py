@@ -31,9 +31,11 @@ RUN_RULES: Mapping[str, Rule] = {
     "save_freq": rules.integer(-1_000_000_000, 1_000_000_000),
     "log_freq": rules.integer(-1_000_000_000, 1_000_000_000),
     "env_eval_freq": rules.integer(-1_000_000_000, 1_000_000_000),
+    "env_eval_videos": rules.FLAG,
     "early_stop_patience": rules.or_null(COUNT),
     "allow_zero_baseline": rules.FLAG,
     "keep_last_n": rules.or_null(COUNT),
+    "tensorboard": rules.FLAG,
     "accept_changes": rules.Rule("names with commas between them", lambda value: isinstance(value, str)),
 }
 EVAL_RULES: Mapping[str, Rule] = {"n_episodes": COUNT}
@@ -62,12 +64,16 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
     dataset: dict[str, Any] | None = None
     # Updates between two noise-free evaluations of `eval.n_episodes` episodes; 0 or less: none.
     env_eval_freq: int = 0
+    # Videos of their first success and failure of every task, in `videos` in the actor's output folder.
+    env_eval_videos: bool = True
     # End the run when the best policy is so many evaluations old; not given: never.
     early_stop_patience: int | None = None
     # Train on although the evaluation of the starting policy counted no success.
     allow_zero_baseline: bool = False
     # Checkpoints to keep besides the best one; not given: all.
     keep_last_n: int | None = None
+    # Write all numbers for TensorBoard too, into the folder `tensorboard` of the run.
+    tensorboard: bool = False
     # On resume: metadata fields and options, by full name and with commas between them, that may differ.
     accept_changes: str = ""
 
@@ -83,7 +89,7 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         optimiser presets.
 
         Args:
-            check_output_dir: refuse an existing output folder unless resuming; the actor writes nothing there.
+            check_output_dir: refuse an existing output folder unless resuming; the actor adds videos to its learner's.
 
         Raises:
             ValueError: one sentence that names the field, its value and what is allowed.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_pirl.collector import Collector, Episode, EpisodeSpec, Progress, episode_specs
+from lerobot_pirl.collector import Collector, Episode, EpisodeSpec, Progress, Watch, episode_specs
 from lerobot_pirl.policies.base import Features, native_actions
 from lerobot_pirl.rollout import derive_seed
 
@@ -126,6 +126,7 @@ def evaluate(
     specs: list[EpisodeSpec],
     make_episode: Callable[[EpisodeSpec], Episode] | None = None,
     on_progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Run the episodes with the collector's policy as LeRobot runs it: its own sampler, gripper thresholded.
 
@@ -135,6 +136,7 @@ def evaluate(
         make_episode: in place of :func:`evaluation_episode` with the collector's seed, for example to repeat the
             seeds and the stream of noise of another program.
         on_progress: called with (finished episodes, successes) after every chunk, in place of the collector's.
+        watch: sees what the policy sees of every episode.
     """
     started = time.perf_counter()
     make_episode = make_episode or partial(evaluation_episode, collector.seed)
@@ -143,7 +145,7 @@ def evaluate(
     def act(features: Features, generators: list[torch.Generator]) -> tuple[Tensor, None]:
         return native_actions(collector.adapter, features, generators), None
 
-    collector.run(episodes, act, on_progress)
+    collector.run(episodes, act, on_progress, watch)
     columns = {
         "success": [episode.success for episode in episodes],
         "rewards": [episode.rewards for episode in episodes],

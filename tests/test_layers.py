@@ -27,7 +27,7 @@ ORDER: list[set[str]] = [
     {"metadata", "restore"},
     {"digests"},
     {"wire"},
-    {"evaluate"},
+    {"evaluate", "videos"},
     {"collector"},
     {"algorithm"},
     {"diagnostics", "value"},
@@ -74,6 +74,7 @@ ONLY_IN = {
     "mujoco": {"envs"},
     "robosuite": {"envs"},
     "matplotlib": {"plots"},
+    "PIL": {"videos"},
     "wandb": {"metrics"},
 }
 # code out of data; LeRobot's transport helpers unpickle what comes over the wire

@@ -28,7 +28,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def _plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """Draw the curves of runs as learning_curve.png in their output folders."""
+    """Draw the curves of runs into their folders and warn of what looks wrong."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
     parser.add_argument(
         "--together",
@@ -37,12 +37,15 @@ def _plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int
     )
 
     def run(args: argparse.Namespace) -> int:
-        from lerobot_pirl.plots import plot_run, plot_together, summary
+        from lerobot_pirl.health import review
+        from lerobot_pirl.plots import plot_run, plot_together, read_metrics, summary
 
         good = []
         for folder in args.runs:
             try:
                 print(f"{folder}: {summary(folder)}; {plot_run(folder)}")
+                for warning in review(read_metrics(folder)):
+                    print(f"  {warning}")
                 good.append(folder)
             except (ValueError, OSError) as error:
                 print(error, file=sys.stderr)

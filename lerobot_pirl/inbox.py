@@ -24,11 +24,13 @@ class Inbox:
         server: where messages come in.
         timeout_s: seconds without a useful message after which the learner gives up.
         check_interrupts: called twice a second while waiting; raises to end the wait.
+        dropped: episodes that came and were not used, since :meth:`pop_dropped` told of them.
     """
 
     server: LearnerServer
     timeout_s: float
     check_interrupts: Callable[[], None]
+    dropped: int = 0
     _rollouts: list[Message] = field(default_factory=list)
 
     def rollout(self, wanted: dict[str, object], num_episodes: int) -> Rollout:
@@ -59,7 +61,13 @@ class Inbox:
 
     def forget(self) -> None:
         """Drop what was kept: it is of a version that is over."""
+        self.dropped += sum(map(_num_episodes, self._rollouts))
         self._rollouts.clear()
+
+    def pop_dropped(self) -> int:
+        """Return the number of episodes that were dropped since the last call."""
+        dropped, self.dropped = self.dropped, 0
+        return dropped
 
     def _wait(self, wanted: dict[str, object], *kinds: str) -> Message:
         """Return the next message of one of these kinds that is of the wanted version; others are logged."""
@@ -87,6 +95,12 @@ class Inbox:
                 logger.error("an actor refused this learner and left:\n%s", message.header.get("reason", ""))
             elif _fits(message, wanted) and message.kind in kinds:
                 return message
+            elif message.kind == "rollout":
+                self.dropped += _num_episodes(message)
+
+
+def _num_episodes(message: Message) -> int:
+    return len(message.tensors.get("episode_lengths", ()))
 
 
 def _fits(message: Message, wanted: dict[str, object]) -> bool:

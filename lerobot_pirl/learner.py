@@ -9,14 +9,14 @@ from typing import Any
 from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.utils.utils import format_big_number
 
-from lerobot_pirl import checkpoint, folders, launch
+from lerobot_pirl import checkpoint, folders, health, launch, probe
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import describe_run, log_overrides, make_adapter
 from lerobot_pirl.evaluate import ZERO_BASELINE
 from lerobot_pirl.inbox import Inbox
 from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
-from lerobot_pirl.plots import plot_run, summary
+from lerobot_pirl.plots import plot_run, read_metrics, summary
 from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.saving import Saver
 from lerobot_pirl.transport import LearnerServer
@@ -54,6 +54,9 @@ class Learner:
         if cfg.resume:
             checkpoint.lead_last_to(cfg, self.version)
         self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
+        self.watch = health.Watch()
+        for record in self.metrics.kept:
+            self.watch.news(record)
         self.saver = Saver(cfg, self.adapter, self.algorithm, self.metadata, self.progress, self.metrics)
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
@@ -142,7 +145,8 @@ class Learner:
         self.saver.forget_lost_best()
         progress = self.progress
         progress.evaluated_version = self.version
-        record = {"iteration": self.version, "policy_version": self.version} | evaluation.to_log_dict()
+        record = {"iteration": self.version, "policy_version": self.version, "eval/episodes": len(evaluation)}
+        record |= evaluation.to_log_dict()
         self.metrics.write(record)
         success_rate = record["eval/success_rate"]
         logger.info(
@@ -158,6 +162,12 @@ class Learner:
         # a checkpoint of this version may have been written before its evaluation: by an interrupt, or without any
         if best or self.saver.saved_version == self.version:
             self.saver.save(again=True)
+        self._warn(record)
+
+    def _warn(self, record: dict[str, Any]) -> None:
+        """Say what is wrong with the run, if anything is, and now and then again."""
+        for warning in self.watch.news(record):
+            logger.warning("%s", warning)
 
     def _check_baseline(self) -> None:
         """Raise RunError when the policy that training starts from was evaluated and never succeeded."""
@@ -170,8 +180,10 @@ class Learner:
         started = time.perf_counter()
         rollout = self.receive()
         received = time.perf_counter()
+        before = probe.positions(self.adapter, rollout, self.cfg.seed)
         self.updating = True
         stats = self.algorithm.update(iter([rollout]))
+        after = probe.positions(self.adapter, rollout, self.cfg.seed)
         updated = time.perf_counter()
         self.progress.episodes += len(rollout.episode_lengths)
         self.progress.env_steps += int(rollout.env_steps.sum())
@@ -182,7 +194,9 @@ class Learner:
             "episodes": self.progress.episodes,
             "env_steps": self.progress.env_steps,
             **rollout_record(rollout),
+            "rollout/episodes_dropped": self.inbox.pop_dropped(),
             **{f"train/{name}": value for name, value in stats.to_log_dict().items()},
+            **probe.change_mm(before, after),
             "time/env_s": rollout.stats.get("env_s", 0.0),
             "time/inference_s": rollout.stats.get("inference_s", 0.0),
             "time/update_s": updated - received,
@@ -197,6 +211,7 @@ class Learner:
             self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps
         ):
             logger.info(iteration_line(record, self.cfg.steps))
+        self._warn(record)
         self.publish()
 
     def run(self) -> None:
@@ -253,6 +268,8 @@ class Learner:
         """Show the curves; whatever is wrong with them is no reason to fail a run."""
         try:
             logger.info("%s; curves in %s", summary(self.cfg.output_dir), plot_run(self.cfg.output_dir))
+            for warning in health.review(read_metrics(self.cfg.output_dir)):
+                logger.warning("%s", warning)
         except Exception as error:
             logger.warning("no curves were drawn: %s", error)
 

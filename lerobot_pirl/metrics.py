@@ -1,5 +1,6 @@
-"""Where numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, wandb."""
+"""Where numbers go: ``metrics.jsonl`` in the run's folder and, when enabled, TensorBoard and wandb."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ from lerobot_pirl.rollout import Rollout
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
 SUCCESS, EVALUATED = "rollout/success_rate", "eval/success_rate"
 
 
@@ -36,7 +38,12 @@ def read_records(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends one JSON object per iteration and per evaluation."""
+    """Appends one JSON object per iteration and per evaluation.
+
+    Attributes:
+        path: of the log.
+        kept: the records of a resumed run that stay.
+    """
 
     def __init__(self, cfg: Any, iterations_done: int, evaluated_version: int = -1) -> None:
         """Open the log of a run; records of iterations and evaluations that a resumed run does again are dropped."""
@@ -44,6 +51,8 @@ class MetricsLog:
         self._unwritten = ""
         # a refusal comes before anything is changed
         kept, dropped, cut = self._split(iterations_done, evaluated_version)
+        self.kept = read_records(self.path, kept)
+        board = _board_class() if cfg.tensorboard else None
         self.wandb = self._open_wandb(cfg) if cfg.wandb.enable and cfg.wandb.project else None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +67,19 @@ class MetricsLog:
             fresh.unlink(missing_ok=True)
             _append(fresh, b"".join(kept))
             fresh.replace(self.path)
+        self.board = self._open_board(board, iterations_done) if board else None
+
+    def _open_board(self, board_class: Any, iterations_done: int) -> Any:
+        """Go on in the run's TensorBoard folder from a step on, or put all that is known in a new one."""
+        folder = self.path.parent / TENSORBOARD_DIR
+        # the last iteration's evaluation may be done again, and a step is hidden as a whole
+        first = iterations_done if folder.exists() else None
+        board = board_class(str(folder), purge_step=first)
+        for record in self.kept:
+            if record["iteration"] >= (first or 0):
+                _draw(board, record)
+        logger.info("curves: tensorboard --logdir %s", folder)
+        return board
 
     @staticmethod
     def _open_wandb(cfg: Any) -> Any:
@@ -112,8 +134,17 @@ class MetricsLog:
             self.flush()
         except OSError as error:
             logger.error("%s; its lines are kept until it can", error)
+        if self.board:
+            self._draw(clean)
         if self.wandb:
             self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        try:
+            _draw(self.board, record)
+        except OSError as error:
+            logger.error("TensorBoard's numbers end here (%s); those in %s go on", error, self.path)
+            self.board = None
 
     def flush(self) -> None:
         """Write what a full disk has refused so far; raises OSError, naming the file, when it still does."""
@@ -132,6 +163,9 @@ class MetricsLog:
             self.flush()
         except OSError as error:
             logger.error("%s; %d of its lines are lost", error, self._unwritten.count("\n"))
+        if self.board:
+            with contextlib.suppress(OSError):
+                self.board.close()
         if self.wandb:
             self.wandb._wandb.finish()
 
@@ -150,6 +184,26 @@ def _append(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def _board_class() -> Any:
+    """Return TensorBoard's writer; raises ValueError when the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "tensorboard=True needs the package tensorboard; install it with pip install "
+            f"'lerobot-pirl[tensorboard]', or set tensorboard to false ({error})"
+        ) from error
+    return SummaryWriter
+
+
+def _draw(board: Any, record: dict[str, Any]) -> None:
+    """Give a record's numbers to TensorBoard, all at the step of its iteration, and see them written."""
+    for name, value in record.items():
+        if isinstance(value, int | float) and name != "iteration":
+            board.add_scalar(name, value, record["iteration"])
+    board.flush()
 
 
 def rollout_record(rollout: Rollout) -> dict[str, float]:

@@ -19,7 +19,7 @@ ORDER: list[set[str]] = [
     {"cli", "learner", "actor"},
     {"doctor", "inbox", "saving"},
     {"launch"},
-    {"plots"},
+    {"health", "plots"},
     {"metrics"},
     {"build"},
     {"transport"},
@@ -30,7 +30,7 @@ ORDER: list[set[str]] = [
     {"evaluate", "videos"},
     {"collector"},
     {"algorithm"},
-    {"diagnostics", "value"},
+    {"diagnostics", "probe", "value"},
     # from what a user wrote to a config
     {"config"},
     {"inert", "options", "parsing"},
@@ -60,6 +60,7 @@ THIRD_PARTY = {
     "rollout": {"torch", "numpy"},
     "registry": {"importlib_metadata"},
     "cli": set(),
+    "health": set(),
     "startup.learner_main": set(),
     "startup.actor_main": set(),
     "startup.train_main": set(),
@@ -76,6 +77,8 @@ ONLY_IN = {
     "matplotlib": {"plots"},
     "PIL": {"videos"},
     "wandb": {"metrics"},
+    "tensorboard": {"metrics"},
+    "torch.utils.tensorboard": {"metrics"},
 }
 # code out of data; LeRobot's transport helpers unpickle what comes over the wire
 UNSAFE_MODULES = {

@@ -43,9 +43,12 @@ def evaluation(iteration: int, success: float) -> dict:
     }
 
 
-def log_of(folder, iterations_done: int = 0, evaluated_version: int = -1) -> MetricsLog:
+def log_of(
+    folder, iterations_done: int = 0, evaluated_version: int = -1, tensorboard: bool = False
+) -> MetricsLog:
     wandb = SimpleNamespace(enable=False, project=None)
-    return MetricsLog(SimpleNamespace(output_dir=folder, wandb=wandb), iterations_done, evaluated_version)
+    cfg = SimpleNamespace(output_dir=folder, wandb=wandb, tensorboard=tensorboard)
+    return MetricsLog(cfg, iterations_done, evaluated_version)
 
 
 def write_run(folder, rates, evaluations: dict[int, float] | None = None) -> None:
@@ -287,7 +290,7 @@ def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lerobot.common.wandb_utils.WandBLogger", FakeLogger)
     wandb = SimpleNamespace(enable=True, project="piRL")
-    log = MetricsLog(SimpleNamespace(output_dir=tmp_path, wandb=wandb), 0)
+    log = MetricsLog(SimpleNamespace(output_dir=tmp_path, wandb=wandb, tensorboard=False), 0)
     log.write(record(1) | {"train/explained_variance": float("nan")})
     log.log_checkpoint(tmp_path)
     log.close()
@@ -379,6 +382,89 @@ def test_wandb_turned_on_by_a_resume_says_what_to_do(tmp_path, wandb, resumed_le
 def test_wandb_turned_on_by_a_resume_goes_on_in_the_run_that_is_named(tmp_path, wandb, resumed_learner):
     resumed_learner(saved_without_wandb(tmp_path / "run"), *WANDB_ON, "--wandb.run_id=named")
     assert [start["id"] for start in wandb.starts] == ["named"]
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def board_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard shows of a run: (step, value) by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        name: [(event.step, round(event.value, 4)) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def log_on_board(folder: Path, rates: dict[int, float], evaluations: dict[int, float], **resumed) -> None:
+    log = log_of(folder, tensorboard=True, **resumed)
+    for iteration in sorted(rates.keys() | evaluations):
+        if iteration in rates:
+            log.write(record(iteration, rates[iteration]))
+        if iteration in evaluations:
+            log.write(evaluation(iteration, evaluations[iteration]))
+    log.close()
+
+
+def test_tensorboard_gets_every_number_but_those_that_are_not_finite(tmp_path):
+    log = log_of(tmp_path, tensorboard=True)
+    log.write(record(1) | {"train/explained_variance": float("nan")})
+    # not only when the run ends
+    shown = board_of(tmp_path)
+    log.close()
+    assert shown.keys() == record(1).keys() - {"iteration", "train/explained_variance"}
+    assert shown["rollout/success_rate"] == [(1, 0.5)]
+    assert shown["policy_version"] == [(1, 0.0)]
+
+
+def test_without_the_option_tensorboard_gets_nothing(tmp_path):
+    write_run(tmp_path, [0.1])
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_resume_goes_on_in_the_same_tensorboard_folder_and_shows_no_step_twice(tmp_path):
+    log_on_board(tmp_path, {1: 0.1, 2: 0.2, 3: 0.3}, {0: 0.0, 2: 0.5, 3: 0.6})
+    # the evaluation of policy 2 came after the checkpoint
+    log_on_board(tmp_path, {3: 0.7, 4: 0.8}, {2: 0.4}, iterations_done=2, evaluated_version=0)
+    shown = board_of(tmp_path)
+    assert shown["rollout/success_rate"] == [(1, 0.1), (2, 0.2), (3, 0.7), (4, 0.8)]
+    assert shown["eval/success_rate"] == [(0, 0.0), (2, 0.4)]
+
+
+def test_a_resume_keeps_the_last_evaluation_on_the_board(tmp_path):
+    log_on_board(tmp_path, {1: 0.1, 2: 0.2}, {0: 0.0, 2: 0.5})
+    log_on_board(tmp_path, {3: 0.7}, {}, iterations_done=2, evaluated_version=2)
+    assert board_of(tmp_path)["eval/success_rate"] == [(0, 0.0), (2, 0.5)]
+
+
+def test_tensorboard_turned_on_by_a_resume_shows_the_run_from_its_start(tmp_path):
+    write_run(tmp_path, [0.1, 0.2, 0.3], {0: 0.0})
+    log_on_board(tmp_path, {3: 0.9}, {}, iterations_done=2, evaluated_version=0)
+    assert board_of(tmp_path)["rollout/success_rate"] == [(1, 0.1), (2, 0.2), (3, 0.9)]
+    assert board_of(tmp_path)["eval/success_rate"] == [(0, 0.0)]
+
+
+def test_a_missing_tensorboard_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="^tensorboard=True needs the package tensorboard") as caught:
+        log_of(tmp_path / "run", tensorboard=True)
+    assert "pip install 'lerobot-pirl[tensorboard]', or set tensorboard to false" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tensorboard_that_cannot_write_ends_and_the_log_goes_on(tmp_path, monkeypatch, caplog):
+    log = log_of(tmp_path, tensorboard=True)
+    log.write(record(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(log.board, "flush", lambda: (_ for _ in ()).throw(OSError("No space left on device")))
+        log.write(record(2))
+    log.write(record(3))
+    log.close()
+    (line,) = [r.message for r in caplog.records]
+    assert line.startswith("TensorBoard's numbers end here (No space left on device)")
+    assert [r["iteration"] for r in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("count", [1, 25])

@@ -113,11 +113,10 @@ class EvaluationVideos:
 
 
 def picture(observation: dict[str, Any]) -> np.ndarray:
-    """Return the cameras' pictures of an observation side by side, uint8 ``[H, W, 3]``.
-
-    LIBERO's come rotated by 180 degrees; the environment's processor turns them back for the policy, all of them.
-    """
-    return np.concatenate([frame[::-1, ::-1] for frame in observation["pixels"].values()], axis=1)
+    """Return the cameras' pictures of an observation side by side, as X-VLA sees them, uint8 ``[H, W, 3]``."""
+    # LIBERO's fixed camera comes rotated by 180 degrees; X-VLA's processor turns that one back
+    pixels = observation["pixels"].items()
+    return np.concatenate([view[::-1, ::-1] if name == "image" else view for name, view in pixels], axis=1)
 
 
 def enlarged(frame: np.ndarray) -> np.ndarray:

@@ -19,7 +19,16 @@ from lerobot_pirl import cli
 from lerobot_pirl.launch import parse_config
 from lerobot_pirl.learner import Learner
 from lerobot_pirl.metrics import MetricsLog, iteration_line
-from lerobot_pirl.plots import mean_and_interval, moving_average, plot_run, read_metrics, sparkline, summary
+from lerobot_pirl.plots import (
+    mean_and_interval,
+    moving_average,
+    plot_run,
+    plot_together,
+    read_metrics,
+    sparkline,
+    summary,
+    wilson_interval,
+)
 from tests.test_checkpoint import new_run
 
 
@@ -475,11 +484,18 @@ def test_curves_are_drawn_as_png(tmp_path, count):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluations_are_drawn_where_they_were_made_and_do_not_disturb_the_rest(tmp_path, monkeypatch):
-    from matplotlib import pyplot
+def drawn(monkeypatch) -> list:
+    """Return the figures that will be drawn; none is written, which takes most of the time."""
+    from matplotlib import figure, pyplot
 
-    figures = []
+    figures: list = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: None)
     monkeypatch.setattr(pyplot, "close", figures.append)
+    return figures
+
+
+def test_evaluations_are_drawn_where_they_were_made_and_do_not_disturb_the_rest(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
     rates, evaluations = [0.1, 0.2, 0.6, 0.7], {0: 0.0, 2: 0.25, 4: 1.0}
     write_run(tmp_path / "with", rates, evaluations)
     write_run(tmp_path / "without", rates)
@@ -496,24 +512,18 @@ def test_evaluations_are_drawn_where_they_were_made_and_do_not_disturb_the_rest(
 
 
 def test_denoising_steps_have_curves_of_their_own(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    figures = drawn(monkeypatch)
     steps = {"train/approx_kl_step0": 0.1, "train/approx_kl_step10": 0.4, "train/approx_kl_step2": 0.2}
     lines = [json.dumps(record(i) | steps) for i in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     plot_run(tmp_path)
-    drawn = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[1].lines}
-    assert list(drawn) == ["all", "step 0", "step 2", "step 10"]
-    assert drawn["step 10"] == [0.4, 0.4]
+    curves = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[1].lines}
+    assert list(curves) == ["step 0", "step 2", "step 10", "all"]
+    assert curves["step 10"] == [0.4, 0.4]
 
 
 def test_runs_together_have_a_mean_and_an_interval(tmp_path, monkeypatch, capsys):
-    from matplotlib import pyplot
-
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    figures = drawn(monkeypatch)
     folders = []
     for name, rates in {"a": [0.2, 0.4, 0.9], "b": [0.4, 0.4], "c": [0.6, 0.4]}.items():
         write_run(tmp_path / name, rates, {0: rates[0]})
@@ -521,21 +531,81 @@ def test_runs_together_have_a_mean_and_an_interval(tmp_path, monkeypatch, capsys
     path = tmp_path / "together.png"
     assert cli.main(["plot", *folders, "--together", str(path)]) == 0
     assert f"3 runs together: {path}" in capsys.readouterr().out
-    assert path.read_bytes().startswith(b"\x89PNG")
     noisy, evaluated = figures[-1].axes
     mean = {line.get_label(): line for line in noisy.lines}["mean of 3 runs, 95 % interval"]
-    assert list(mean.get_xdata()) == [1, 2, 3]
-    assert list(mean.get_ydata()) == pytest.approx([40, 40, 90])
+    # one run goes on alone: its curve does, the mean does not
+    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([1, 2], pytest.approx([40, 40]))
+    assert list(noisy.lines[0].get_ydata()) == pytest.approx([20, 40, 90])
     # the standard deviation of 20, 40, 60 is 20
     low, high = noisy.collections[0].get_datalim(noisy.transData).intervaly
-    assert (low, high) == pytest.approx((40 - 1.96 * 20 / math.sqrt(3), 90), abs=0.1)
+    half = 4.303 * 20 / math.sqrt(3)
+    assert (low, high) == pytest.approx((40 - half, 40 + half), abs=0.1)
     assert list(evaluated.lines[-1].get_ydata()) == pytest.approx([40])
 
 
-def test_one_run_has_no_interval():
+def test_runs_without_evaluations_have_one_picture_together(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    for name in ("a", "b"):
+        write_run(tmp_path / name, [0.2, 0.4])
+    plot_together([tmp_path / "a", tmp_path / "b"], tmp_path / "together.png")
+    (axes,) = figures[-1].axes
+    assert axes.get_title() == "Success with noise"
+
+
+def test_long_runs_are_smoothed_together(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    for name in ("a", "b"):
+        write_run(tmp_path / name, [0.2, 0.4] * 20)
+    plot_together([tmp_path / "a", tmp_path / "b"], tmp_path / "together.png")
+    (axes,) = figures[-1].axes
+    assert axes.get_title() == "Success with noise, mean of 2 updates"
+    assert list(axes.lines[-1].get_ydata())[1:] == pytest.approx([30] * 39)
+
+
+def test_the_interval_of_a_mean_is_wide_for_few_runs_and_none_for_one():
     assert mean_and_interval([3.0]) == (3.0, 0.0)
-    mean, half = mean_and_interval([1.0, 3.0])
-    assert (mean, half) == (2.0, pytest.approx(1.96))
+    assert mean_and_interval([1.0, 3.0]) == (2.0, pytest.approx(12.706))
+    # 2.086 for 21 values, from a table of Student's t
+    values = [1.0, 3.0] * 10 + [2.0]
+    assert mean_and_interval(values) == (2.0, pytest.approx(2.086 / math.sqrt(21), rel=1e-3))
+
+
+def test_the_interval_of_an_evaluation_is_wilsons():
+    assert wilson_interval(0.8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.161), abs=1e-3)
+    assert wilson_interval(1.0, 20) == pytest.approx((0.839, 1.0), abs=1e-3)
+
+
+def test_the_picture_of_a_run_shows_its_health(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    health = {
+        "train/ratio_max": 3.0,
+        "train/ratio_max_dev_first": 0.0,
+        "train/action_change_mm": 0.7,
+        "train/policy_grad_norm": 5.0,
+        "train/value_grad_norm": 0.5,
+    }
+    lines = [json.dumps(record(i) | health) for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    plot_run(tmp_path)
+    shown = {
+        axes.get_title(): {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+        for axes in figures[0].axes
+    }
+    assert list(shown["Largest deviation of the ratio from 1"].values()) == [2.0, 1e-6]
+    assert 0.7 in shown["Move of executed positions, per update"].values()
+    assert shown["Gradient norm before clipping"] == {"policy": 5.0, "value": 0.5}
+    assert 0.25 in shown["Explained variance of the value function"].values()
+
+
+def test_a_run_of_groups_shows_how_many_it_learns_from(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    numbers = record(1) | {"train/groups_kept": 0.75}
+    del numbers["train/explained_variance"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(numbers) + "\n")
+    plot_run(tmp_path)
+    (axes,) = [axes for axes in figures[0].axes if axes.get_title() == "Share of groups learned from"]
+    assert list(axes.lines[0].get_ydata()) == [0.75]
 
 
 def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys):

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from lerobot_pirl import __version__
 
@@ -60,10 +61,32 @@ def _plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int
     return run
 
 
+def _prepare(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Copy an X-VLA that lerobot-train trained on a dataset to one that acts in LeRobot's LIBERO environments."""
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="its pretrained_model folder")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to write; it must not exist")
+
+    def run(args: argparse.Namespace) -> int:
+        from lerobot_pirl.prepare import prepare
+
+        try:
+            changes = prepare(args.source, args.target)
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            return EXIT_FAILED
+        for change in changes:
+            print(change)
+        print(f"{args.target} is written")
+        return 0
+
+    return run
+
+
 # name -> function that adds the subcommand's arguments and returns what runs it; its docstring is the help
 SUBCOMMANDS: dict[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
     "doctor": _doctor,
     "plot": _plot,
+    "prepare": _prepare,
 }
 
 

@@ -1,0 +1,122 @@
+"""Demonstrations of a scripted expert, recorded into a ``LeRobotDataset`` that X-VLA trains on.
+
+    python -m benchmarks.demonstrations FOLDER --task pickup --episodes 20 [--seed 0]
+
+A frame is what the policy sees when it acts: both cameras upright, the proprioception of LeRobot's LIBERO processor
+for X-VLA, and the expert's command as X-VLA predicts it: position, the rotation's first two columns, gripper 0 or 1,
+and zeros for the second arm.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.envs.utils import preprocess_observation
+from lerobot.policies.xvla.processor_xvla import LiberoProcessorStep
+from lerobot.utils.constants import ACTION, OBS_STATE
+from scipy.spatial.transform import Rotation
+
+from lerobot_pirl.envs.tabletop_physics import TASKS
+from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
+
+REPO_ID = "local/demonstrations"
+DIM = 20
+
+type Expert = Callable[[Any], np.ndarray]
+
+
+def xvla_action(action: np.ndarray) -> np.ndarray:
+    """Return an environment action ``[7]`` as X-VLA predicts it, float32 ``[20]``."""
+    columns = Rotation.from_rotvec(action[3:6]).as_matrix()[:, :2].T.flatten()
+    out = np.zeros(DIM, np.float32)
+    out[:10] = *action[:3], *columns, action[6] > 0
+    return out
+
+
+def frame(observation: dict[str, Any], action: np.ndarray, task: str) -> dict[str, Any]:
+    """Return a dataset frame for an environment's observation and the action taken in it."""
+    batched = _map(observation, lambda value: np.asarray(value)[None])
+    processed = LiberoProcessorStep()._process_observation(preprocess_observation(batched))
+    images = {key: value[0] for key, value in processed.items() if key.startswith("observation.images.")}
+    uint8 = {key: (255 * value).round().byte().permute(1, 2, 0).numpy() for key, value in images.items()}
+    return {**uint8, OBS_STATE: processed[OBS_STATE][0].numpy(), ACTION: xvla_action(action), "task": task}
+
+
+def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
+    return (
+        {key: _map(value, function) for key, value in tree.items()}
+        if isinstance(tree, dict)
+        else function(tree)
+    )
+
+
+def make_dataset(root: Path, shape: tuple[int, int], fps: int) -> LeRobotDataset:
+    """Return an empty dataset of two cameras' images of a height and width."""
+    axes = [str(number) for number in range(DIM)]
+    features = {key: {"dtype": "float32", "shape": (DIM,), "names": axes} for key in (OBS_STATE, ACTION)}
+    for name in ("image", "image2"):
+        names = ["height", "width", "channels"]
+        features[f"observation.images.{name}"] = {"dtype": "image", "shape": (*shape, 3), "names": names}
+    return LeRobotDataset.create(REPO_ID, fps=fps, features=features, root=root, use_videos=False)
+
+
+def record(dataset: LeRobotDataset, env: Any, expert: Expert, seed: int, max_steps: int, hold: int) -> bool:
+    """Add an episode to the dataset if the expert succeeds; returns whether it did.
+
+    Args:
+        dataset: see :func:`make_dataset`.
+        env: takes single actions and reports ``info["is_success"]``.
+        expert: gives the action for an environment's present state.
+        seed: of the reset.
+        max_steps: give up after these.
+        hold: frames that repeat the last command, so that the chunks of the last steps are whole.
+    """
+    observation, _ = env.reset(seed=seed)
+    left = None
+    for _ in range(max_steps):
+        action = expert(env)
+        dataset.add_frame(frame(observation, action, env.task_description))
+        observation, _, _, _, info = env.step(action)
+        if info["is_success"] and left is None:
+            left = hold
+        if left == 0:
+            dataset.save_episode()
+            return True
+        left = left if left is None else left - 1
+    dataset.clear_episode_buffer()
+    return False
+
+
+def main() -> None:
+    """Record demonstrations on the tabletop."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", choices=sorted(TASKS), default="reach")
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold", type=int, default=5)
+    arguments = parser.parse_args()
+    env = TabletopTask(arguments.task, init_states=False)
+    shape = env.observation_space["pixels"]["image"].shape[:2]
+    dataset = make_dataset(arguments.folder, shape, env.metadata["render_fps"])
+    for number in range(arguments.episodes):
+        # far from the seeds of any run: no demonstration shows an initial state of an evaluation
+        record(
+            dataset,
+            env,
+            expert_action,
+            10_000 + 1_000 * arguments.seed + number,
+            env.task_spec.max_steps,
+            arguments.hold,
+        )
+    dataset.finalize()
+    print(f"{dataset.num_episodes} episodes, {dataset.num_frames} frames in {arguments.folder}")
+
+
+if __name__ == "__main__":
+    main()

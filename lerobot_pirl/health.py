@@ -114,7 +114,7 @@ def _fallen_evaluation(updates: Records, evaluations: Records) -> str | None:
     if not evaluations:
         return None
     last, best = evaluations[-1], max(evaluations, key=lambda e: e[EVALUATED])
-    rate, fall = last[EVALUATED], best[EVALUATED] - last[EVALUATED]
+    rate, fall = last[EVALUATED], round(best[EVALUATED] - last[EVALUATED], 6)
     middle = (rate + best[EVALUATED]) / 2
     # within two standard errors it is chance
     if fall <= max(0.05, 2 * math.sqrt(middle * (1 - middle) / last.get("eval/episodes", math.inf))):

@@ -76,9 +76,9 @@ def plot_run(run_dir: Path) -> Path:
             value.set(title="Explained variance of the value function", ylim=(-1, 1))
         move.plot(*_line(_holding(records, "train/action_change_mm"), "train/action_change_mm"))
         move.set(title="Move of executed positions, per update", ylabel="mm", ylim=(0, None))
-        for name in ("policy", "value"):
-            if _holding(records, f"train/{name}_grad_norm"):
-                norms.plot(*_positive(_line(records, f"train/{name}_grad_norm")), label=name)
+        for name in sorted({key for record in records for key in record if key.endswith("_grad_norm")}):
+            label = name.removeprefix("train/").removesuffix("_grad_norm")
+            norms.plot(*_positive(_line(records, name)), label=label)
         norms.set(title="Gradient norm before clipping", yscale="log")
         split = [_column(records, f"time/{name}_s") for name in _TIMES]
         times.stackplot(_column(records, "iteration"), *split, labels=_TIMES)
@@ -182,7 +182,7 @@ def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
     yield axes
     for each in axes.flat:
         each.set(xlabel="policy updates")
-        if not any(len(line.get_xdata()) for line in each.lines) and not each.has_data():
+        if not each.collections and not any(len(line.get_xdata()) for line in each.lines):
             each.text(0.5, 0.5, "not in this log", ha="center", transform=each.transAxes)
         if each.get_legend_handles_labels()[0]:
             each.legend(fontsize="small")

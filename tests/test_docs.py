@@ -16,9 +16,18 @@ from tests.toy import tiny_config
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
 CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text()
+TUNING = (REPO / "docs/tuning.md").read_text()
 # of argparse, LeRobot's parser and pip: no fields of a config
 # a resume or a config names these, and other commands the rest
-NO_FIELDS = {"help", "config_path", "policy.path", "env.discover_packages_path", "quiet", "together"}
+NO_FIELDS = {
+    "help",
+    "config_path",
+    "policy.path",
+    "env.discover_packages_path",
+    "quiet",
+    "together",
+    "logdir",
+}
 
 
 def between(text: str, start: str, end: str) -> str:
@@ -72,7 +81,7 @@ def options(text: str) -> set[str]:
     return named | set(re.findall(r"\b((?:algorithm|policy|eval|wandb)\.[a-z_][\w.]*[a-z_])\b(?!\()", text))
 
 
-@pytest.mark.parametrize("text", [README, CHECKPOINTS], ids=["README", "checkpoints"])
+@pytest.mark.parametrize("text", [README, CHECKPOINTS, TUNING], ids=["README", "checkpoints", "tuning"])
 def test_every_option_that_is_named_exists(cfg, text):
     found = options(text) - NO_FIELDS
     assert len(found) > 5

@@ -15,6 +15,7 @@ from lerobot_pirl.collector import Collector, episode_specs
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
 from lerobot_pirl.evaluate import evaluate, evaluation_specs
 from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
+from lerobot_pirl.policies.base import noise_head
 from lerobot_pirl.registry import RegistryError
 from lerobot_pirl.transport import LearnerClient
 from lerobot_pirl.videos import EvaluationVideos
@@ -90,7 +91,7 @@ class Actor:
         theirs = theirs if isinstance(theirs, dict) else {}
         try:
             judge(self.metadata.to_dict(), theirs, "actor", "learner")
-            load_weights(self.adapter.policy, message.tensors)
+            load_weights(self.adapter.policy, message.tensors, noise_head(self.adapter))
         except (MetadataMismatch, RegistryError, ValueError) as error:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error

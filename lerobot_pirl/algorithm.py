@@ -14,15 +14,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lerobot_pirl import flow, ppo
 from lerobot_pirl.diagnostics import LOSSES, POLICY, VALUE, training_stats
+from lerobot_pirl.objective import decision_distributions, policy_objective, value_objective
 from lerobot_pirl.options import PiRLConfig
-from lerobot_pirl.policies.base import PolicyAdapter, chain_log_prob
-from lerobot_pirl.rollout import Rollout, compute_returns, derive_seed, group_returns
+from lerobot_pirl.policies.base import PolicyAdapter, noise_head
+from lerobot_pirl.rollout import Rollout, derive_seed
+from lerobot_pirl.targets import gae_targets, group_targets
 from lerobot_pirl.value import make_value_head
-from lerobot_pirl.weights import load_weights, trainable_parameters
+from lerobot_pirl.weights import NOISE_HEAD, load_weights, replaced, trainable_parameters
+
+VALUE_HEAD, START = "value_head.", "start."
 
 
 class PiRLAlgorithm(RLAlgorithm):
-    """Owns the value head, which advantages from groups do without, and the optimiser; updates the policy in place."""
+    """Owns the value head and the optimiser; updates the policy and its noise head in place.
+
+    Advantages from groups do without a value head. With ``kl_coef``, ``start`` holds the weights that the run began with.
+    """
 
     config_class = PiRLConfig
     name = "pi-rl"
@@ -47,11 +54,14 @@ class PiRLAlgorithm(RLAlgorithm):
         self.adapter = adapter
         self.policy = adapter.policy
         self.config = config
+        self.noise_head = noise_head(adapter)
         self.device = adapter.noise_std.device
         self.value_head: nn.Module | None = None
         if config.advantage == "gae":
             head = make_value_head(adapter.value_input_dim, config.value_hidden_dims)
             self.value_head = head.to(self.device)
+        weights = self.get_weights() if config.kl_coef else {}
+        self.start = {name: value.clone() for name, value in weights.items()}
         self.schedule, self.steps = schedule, steps
         self.optimizer, self.scheduler = self.build_optimizer()
         self.seed = seed
@@ -60,15 +70,15 @@ class PiRLAlgorithm(RLAlgorithm):
 
     def _make_step_weights(self) -> Tensor:
         num_steps = self.config.num_denoising_steps
-        if self.config.step_loss_weight == "none":
+        if self.noise_head is not None or self.config.step_loss_weight == "none":
             return torch.ones(num_steps, device=self.device)
         step_prob = torch.full((num_steps,), (1 - self.config.last_step_prob) / (num_steps - 1))
         step_prob[-1] = self.config.last_step_prob
         return flow.inverse_sensitivity(self.adapter.noise_std.cpu(), step_prob).to(self.device)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the policy parameters that train, by name."""
-        return trainable_parameters(self.policy)
+        """Return the parameters of policy and noise head that train, by name."""
+        return trainable_parameters(self.policy, self.noise_head)
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
         """Return a new AdamW over policy weights with decay, without decay, and the value head; and its scheduler."""
@@ -98,23 +108,30 @@ class PiRLAlgorithm(RLAlgorithm):
         return {self.name: self.optimizer}
 
     def get_weights(self) -> dict[str, Any]:
-        """Return the trainable policy weights, which is all an actor needs."""
+        """Return the trainable weights of policy and noise head, which is all an actor needs."""
         return {name: p.detach() for name, p in self.trainable_parameters().items()}
 
     def load_weights(self, weights: dict[str, Any], device: str | torch.device = "cpu") -> None:
-        """Copy weights made by :meth:`get_weights` into the policy."""
-        load_weights(self.policy, weights)
+        """Copy weights made by :meth:`get_weights` into the policy and its noise head."""
+        load_weights(self.policy, weights, self.noise_head)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the value head's tensors."""
-        state = self.value_head.state_dict() if self.value_head else {}
-        return {f"value_head.{name}": value for name, value in state.items()}
+        """Return the tensors of value head and noise head, and the starting policy's."""
+        heads = ((VALUE_HEAD, self.value_head), (NOISE_HEAD, self.noise_head))
+        parts = [(prefix, head.state_dict()) for prefix, head in heads if head] + [(START, self.start)]
+        return {f"{prefix}{name}": value for prefix, part in parts for name, value in part.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
         """Copy tensors made by :meth:`state_dict` in place; raises RuntimeError when names or shapes differ."""
-        if self.value_head:
-            prefix = "value_head."
-            self.value_head.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items()})
+        mine = self.state_dict()
+        if odd := sorted(set(mine) ^ set(state_dict)):
+            raise RuntimeError(f"the algorithm's tensors differ in {len(odd)} names, the first is {odd[0]!r}")
+        for name, value in mine.items():
+            if value.shape != state_dict[name].shape:
+                raise RuntimeError(
+                    f"{name!r} has shape {tuple(state_dict[name].shape)} instead of {tuple(value.shape)}"
+                )
+            value.copy_(state_dict[name])
 
     @torch.no_grad()
     def values(self, features: dict[str, Tensor]) -> Tensor:
@@ -144,9 +161,11 @@ class PiRLAlgorithm(RLAlgorithm):
         """
         rollout = next(batch_iterator)
         config = self.config
-        targets, extra = (
-            self._group_targets(rollout) if self.value_head is None else self._gae_targets(rollout)
-        )
+        if self.value_head is None:
+            targets, extra = group_targets(rollout, config)
+        else:
+            values, final_values = (self.values(f) for f in (rollout.features, rollout.final_features))
+            targets, extra = gae_targets(rollout, values, final_values, config)
         weights = ppo.sample_weights(rollout.episode_lengths, config.loss_aggregation)
         if "kept" in targets:
             weights = weights / weights[targets["kept"]].mean()
@@ -159,6 +178,8 @@ class PiRLAlgorithm(RLAlgorithm):
         }
         warming_up = self.value_head is not None and self.optimization_step < config.critic_warmup_iterations
         noise_scale = config.noise_scale(rollout.policy_version)
+        if self.start:
+            data |= self._start_distributions(rollout.features, data, noise_scale)
         records = self._run_epochs(rollout.features, data, not warming_up, noise_scale)
         extra |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "noise_scale": noise_scale}
         extra["skipped_steps"] = float(self.skipped_steps)
@@ -167,51 +188,18 @@ class PiRLAlgorithm(RLAlgorithm):
             self.scheduler.step()
         return training_stats(records, config.num_denoising_steps, extra)
 
-    def _gae_targets(self, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return what the losses need of every row, by generalised advantages, and what to log about it."""
-        config = self.config
-        old_values = self.values(rollout.features)
-        advantages, returns = compute_returns(
-            rollout,
-            old_values,
-            self.values(rollout.final_features),
-            config.gamma,
-            config.gae_lambda,
-            config.bootstrap_truncation,
-        )
-        extra = {
-            "explained_variance": ppo.explained_variance(old_values, returns),
-            "value_mean": float(old_values.mean()),
-            "return_mean": float(returns.mean()),
-            "advantage_std": float(advantages.std(unbiased=False)),
-        }
-        if config.normalize_advantage:
-            advantages = ppo.normalize_advantages(advantages)
-        return {"old_values": old_values, "returns": returns, "advantages": advantages}, extra
-
-    def _group_targets(self, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the same by comparison within groups; ``kept`` tells the rows of groups that are learned from.
-
-        Raises:
-            ValueError: when the episodes do not come in groups that share task and initial state.
-        """
-        config = self.config
-        size = config.resolved_group_size
-        returns, kept = (
-            group_returns(rollout, size),
-            torch.ones(len(rollout.success) // size, dtype=torch.bool),
-        )
-        if config.group_filter is not None:
-            kept = ppo.groups_in_range(rollout.success, size, *config.group_filter)
-        lengths = rollout.episode_lengths
-        advantages = ppo.group_advantages(returns, size).repeat_interleave(lengths)
-        extra = {
-            "groups_kept": float(kept.float().mean()),
-            "return_mean": float(returns.mean()),
-            "advantage_std": float(advantages.std(unbiased=False)),
-        }
-        rows = kept.repeat_interleave(size).repeat_interleave(lengths)
-        return {"advantages": advantages, "kept": rows}, extra
+    @torch.no_grad()
+    def _start_distributions(
+        self, features: dict[str, Tensor], data: dict[str, Tensor], noise_scale: float
+    ) -> dict[str, Tensor]:
+        """Return what the starting policy draws every row's decision from: once for all epochs."""
+        parts = []
+        with replaced(self.trainable_parameters(), self.start):
+            for rows in torch.arange(len(data["advantages"])).split(self.config.micro_batch_size):
+                batch = self._take(features, rows), self._take(data, rows)
+                found = decision_distributions(self.adapter, *batch, noise_scale)
+                parts.append({name: value.cpu() for name, value in found.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _run_epochs(
         self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool, noise_scale: float
@@ -266,36 +254,15 @@ class PiRLAlgorithm(RLAlgorithm):
         self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool, noise_scale: float
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the summed loss of a micro-batch, its parts (sums) and per-sample diagnostics."""
-        config = self.config
         with torch.set_grad_enabled(train_policy):
-            log_prob, _ = chain_log_prob(
-                self.adapter, features, data["chain"], data["step_index"], data["gripper"], noise_scale
+            policy_sum, sums, samples = policy_objective(
+                self.adapter, self.config, self.step_weights, features, data, noise_scale
             )
-            log_ratio = log_prob - data["old_log_prob"]
-            ratio = log_ratio.exp()
-            step_weight = self.step_weights[data["step_index"]].mean(dim=1)
-            surrogate = ppo.policy_loss(ratio, data["advantages"], config.clip_range, config.dual_clip)
-            policy_sum = (surrogate * step_weight * data["weights"]).sum()
-        samples = {
-            "kl": ppo.approx_kl(log_ratio.detach()),
-            "kl_k1": -log_ratio.detach(),
-            "clipped": ppo.clip_fraction(ratio.detach(), config.clip_range),
-            "ratio": ratio.detach(),
-            "step_index": data["step_index"][:, 0],
-        }
-        sums = {"policy_loss": policy_sum.detach()}
         if self.value_head is None:
             return policy_sum, sums, samples
-        values = self._value(features)
-        value = ppo.value_loss(
-            values, data["old_values"], data["returns"], config.clip_range_vf, config.huber_delta
-        )
-        value_sum = (value * data["weights"]).sum()
-        change = (values.detach() - data["old_values"]).abs()
-        vf_clipped = change > (math.inf if config.clip_range_vf is None else config.clip_range_vf)
+        value_sum, value_sums, value_samples = value_objective(self._value(features), self.config, data)
         loss = value_sum + policy_sum if train_policy else value_sum
-        sums["value_loss"] = value_sum.detach()
-        return loss, sums, samples | {"vf_clipped": vf_clipped.float()}
+        return loss, sums | value_sums, samples | value_samples
 
     def _step(self, record: dict[str, Any]) -> dict[str, float]:
         """Clip gradients per group and step; a minibatch with a number that is not finite changes nothing."""

@@ -13,7 +13,7 @@ from lerobot.utils.random_utils import set_seed
 
 from lerobot_pirl import checkpoint, folders, registry, rules
 from lerobot_pirl.metadata import Metadata, flat_options, make_metadata
-from lerobot_pirl.policies.base import PolicyAdapter
+from lerobot_pirl.policies.base import PolicyAdapter, noise_head
 
 logger = logging.getLogger(__name__)
 # what a resume sets by itself
@@ -43,7 +43,13 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
         raise ValueError(
             "the options under `policy` leave nothing to train, such as train_policy_transformer=False"
         )
-    return adapter_class(policy, cfg)
+    adapter = adapter_class(policy, cfg)
+    if cfg.algorithm.variant == "flow_noise" and noise_head(adapter) is None:
+        raise ValueError(
+            f"algorithm.variant='flow_noise' needs a noise head, which the adapter of policy.type={cfg.policy.type!r} "
+            "does not offer; set algorithm.variant to 'flow_sde'"
+        )
+    return adapter
 
 
 def _check_weights(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints in LeRobot's layout: save, and load what LeRobot does not.
 
-``checkpoints/<step>/pretrained_model`` loads in a LeRobot without this package, ``algorithm`` holds the value
-head, ``training_state`` the optimiser, scheduler, random states, counters, ``pirl_metadata.json`` and the digests
+``checkpoints/<step>/pretrained_model`` loads in a LeRobot without this package, ``algorithm`` holds the value head
+(with ``flow_noise`` the noise head too, with ``kl_coef`` the starting policy), ``training_state`` the optimiser, scheduler, random states, counters, ``pirl_metadata.json`` and the digests
 of all files; ``checkpoints/last`` points at the newest complete one, ``checkpoints/best`` at the best evaluated one.
 """
 
@@ -31,11 +31,13 @@ from lerobot_pirl.metadata import (
     judge,
 )
 from lerobot_pirl.restore import CheckpointError
+from lerobot_pirl.weights import load_weights, trainable_parameters
 
 logger = logging.getLogger(__name__)
 
 ALGORITHM_DIR = "algorithm"
 WEIGHTS_FILE = "model.safetensors"
+KL_COEF = "algorithm.kl_coef"
 
 
 @dataclass
@@ -166,7 +168,7 @@ def verify(checkpoint_dir: Path, part: str = "") -> None:
 def load(
     checkpoint_dir: Path, algorithm: Any, metadata: Metadata, accepted: Sequence[str] = ()
 ) -> tuple[Progress, Metadata]:
-    """Restore trained weights, value head, optimiser, scheduler, random states and counters.
+    """Restore trained weights, heads, starting policy, optimiser, scheduler, random states and counters.
 
     LeRobot has built the policy from the checkpoint before, in ``policy.dtype``; the trained weights are restored
     here as they were saved, because rounding them to bfloat16 would undo small updates. Everything is read and
@@ -193,14 +195,20 @@ def load(
         state / TRAINING_STEP,
         {"step": int, "skipped_steps": int} | {each.name: each.type for each in fields(Progress)},
     )
-    weights = restore.read_tensors(
-        checkpoint_dir / PRETRAINED_MODEL_DIR / WEIGHTS_FILE, algorithm.get_weights()
+    policy_path, algorithm_path = (
+        checkpoint_dir / name / WEIGHTS_FILE for name in (PRETRAINED_MODEL_DIR, ALGORITHM_DIR)
     )
-    value_head = restore.read_tensors(checkpoint_dir / ALGORITHM_DIR / WEIGHTS_FILE, algorithm.state_dict())
+    weights = restore.read_tensors(policy_path, trainable_parameters(algorithm.policy))
+    if algorithm.start and not changes.get(KL_COEF, [1])[0]:
+        raise CheckpointError(
+            f"{KL_COEF}={algorithm.config.kl_coef} needs the starting policy, which {algorithm_path} does not hold; "
+            "set it to 0, or start a new run from these weights with --policy.path"
+        )
+    tensors = restore.read_tensors(algorithm_path, algorithm.state_dict())
     optimizer_state, scheduler_state = restore.read_optimizer(state, algorithm, counters["step"])
     restore.restore_rng(state)
-    algorithm.load_weights(weights)
-    algorithm.load_state_dict(value_head)
+    load_weights(algorithm.policy, weights)
+    algorithm.load_state_dict(tensors)
     algorithm.optimizer.load_state_dict(optimizer_state)
     if algorithm.scheduler:
         algorithm.scheduler.load_state_dict(scheduler_state)

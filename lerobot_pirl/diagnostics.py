@@ -15,8 +15,8 @@ def training_stats(
     """Return losses, gradient norms and diagnostics, also per denoising step.
 
     Args:
-        records: of every minibatch: means by name, and per-sample tensors ``[N]`` of ratio, KL and clipping; none
-            when there was nothing to learn from.
+        records: of every minibatch: means by name, per-sample tensors ``[N]`` of ratio, KL and clipping, and the same
+            per stored step, ``[N, S]``; none when there was nothing to learn from.
         num_denoising_steps: ``K``.
         extra: what else to log.
     """
@@ -34,7 +34,7 @@ def training_stats(
     def samples(name: str) -> torch.Tensor:
         return torch.cat([record[name] for record in records])
 
-    kl, clipped, ratio, step_index = (samples(name) for name in ("kl", "clipped", "ratio", "step_index"))
+    kl, clipped, ratio = (samples(name) for name in ("kl", "clipped", "ratio"))
     extra |= {
         "approx_kl": float(kl.mean()),
         "approx_kl_k1": float(samples("kl_k1").mean()),
@@ -45,11 +45,16 @@ def training_stats(
     }
     if "vf_clipped" in records[0]:
         extra["value_clip_fraction"] = float(samples("vf_clipped").mean())
+    for name in ("entropy", "kl_to_start"):
+        if name in records[0]:
+            extra[name] = float(samples(name).mean())
+    per_step = {"approx_kl": samples("step_kl"), "clip_fraction": samples("step_clipped")}
+    per_step |= {name: samples(name) for name in records[0] if name.startswith("noise_std_")}
+    step_index = samples("step_index")
     for k in range(num_denoising_steps):
         at_k = step_index == k
         if at_k.any():
-            extra[f"approx_kl_step{k}"] = float(kl[at_k].mean())
-            extra[f"clip_fraction_step{k}"] = float(clipped[at_k].mean())
+            extra |= {f"{name}_step{k}": float(values[at_k].mean()) for name, values in per_step.items()}
     norms = means((f"{POLICY}_grad_norm", f"{VALUE}_grad_norm"))
     return TrainingStats(
         losses=means(LOSSES),

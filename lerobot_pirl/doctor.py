@@ -227,7 +227,7 @@ def check_config(path: str) -> tuple[Any, Check]:
 
 def check_tokenizers(cfg: Any) -> Checks:
     """Load the packaged tokenizer and the config's, and encode an instruction."""
-    from lerobot_pirl.policies.xvla import PACKAGED_TOKENIZER
+    from lerobot_pirl.policies.xvla_processors import PACKAGED_TOKENIZER
 
     yield _tokenizer("tokenizer", PACKAGED_TOKENIZER, "reinstall lerobot-pirl")
     name = getattr(cfg.policy, "tokenizer_name", None) if cfg else None
@@ -239,7 +239,7 @@ def check_tokenizers(cfg: Any) -> Checks:
 def _tokenizer(label: str, name: str, remedy: str) -> Check:
     from transformers import AutoTokenizer
 
-    from lerobot_pirl.policies.xvla import resolve_tokenizer
+    from lerobot_pirl.policies.xvla_processors import resolve_tokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_tokenizer(name), trust_remote_code=False)

@@ -8,6 +8,7 @@ One step goes from ``t`` to ``s < t``:
 * SDE (Flow-SDE): Gaussian with ``mean = (1 - s) x0_pred + (s - std^2 / (2 t)) x1_pred`` and ``std``, the
   Euler-Maruyama step of ``dx = [v - sigma^2/2 * score] dt + sigma dw`` with ``score = -x1_pred / t`` and
   ``std = sqrt(t - s) * sigma``. It has the ODE's marginals for any diagonal ``sigma``, and is the ODE for 0.
+* Flow-Noise: Gaussian around the ODE step, without a correction of the drift, with a learned ``std``.
 
 All shapes use ``B`` batch, ``K`` denoising steps, ``S`` stored stochastic steps, ``H`` chunk rows and ``D``
 action channels. Everything here is float32 whatever the network's dtype is.
@@ -16,6 +17,7 @@ action channels. Everything here is float32 whatever the network's dtype is.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -23,6 +25,8 @@ from torch import Tensor
 
 # (x_t [B, H, D], t [B]) -> x0_pred [B, H, D]
 PredictX0 = Callable[[Tensor, Tensor], Tensor]
+# the same -> (x0_pred, std), both [B, H, D]
+PredictStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def time_grid(num_denoising_steps: int) -> Tensor:
@@ -77,6 +81,11 @@ def sde_mean(x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, std: Tensor) ->
     return c_x * x_t + c_0 * x0_pred
 
 
+def ode_mean(x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Return the Euler step from ``t`` to ``s``."""
+    return sde_mean(x_t, x0_pred, t, s, torch.zeros_like(x_t))
+
+
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return the element-wise Gaussian log density; exactly 0, in value and gradient, where ``std`` is 0."""
     active = std > 0
@@ -92,13 +101,39 @@ def bernoulli_log_prob(bits: Tensor, logits: Tensor) -> Tensor:
     return bits * logits - F.softplus(logits)
 
 
+def mean_entropy(std: Tensor) -> Tensor:
+    """Return the Gaussians' entropy ``log(std) + log(2 pi e) / 2``, mean over a sample's ``std > 0``, ``[B]``."""
+    active = std > 0
+    entropy = torch.where(active, std, torch.ones_like(std)).log() + 0.5 * math.log(2 * math.pi * math.e)
+    per_sample = torch.where(active, entropy, torch.zeros_like(entropy)).flatten(1).sum(dim=1)
+    return per_sample / active.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
+    """Return the element-wise KL(N(mean, std) || N(other_mean, other_std)); 0 where ``std`` is 0.
+
+    With equal ``std`` it is ``(mean - other_mean)^2 / (2 std^2)``.
+    """
+    active = std > 0
+    one = torch.ones_like(std)
+    ratio = torch.where(active, std, one) / torch.where(active, other_std, one)
+    z = torch.where(active, mean - other_mean, torch.zeros_like(mean)) / torch.where(active, other_std, one)
+    return 0.5 * (ratio.square() + z.square() - 1) - ratio.log()
+
+
+def bernoulli_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """Return the element-wise KL of two Bernoullis, given by their logits."""
+    return logits.sigmoid() * (logits - other_logits) - F.softplus(logits) + F.softplus(other_logits)
+
+
 @dataclass(frozen=True)
 class Chain:
     """What one call of the sampler leaves behind.
 
     Attributes:
         x_0: the generated chunk before the policy's postprocessing, ``[B, H, D]``.
-        chain: states around the stochastic steps, ``[B, S + 1, H, D]``; Flow-SDE stores one step, ``S = 1``.
+        chain: states around the stochastic steps, ``[B, S + 1, H, D]``; Flow-SDE stores one step, ``S = 1``,
+            Flow-Noise all of them, ``S = K``.
         step_index: which denoising steps these are, int64 ``[B, S]``.
         log_prob: element-wise log density of the stored steps, ``[B, S, H, D]``.
     """
@@ -107,6 +142,14 @@ class Chain:
     chain: Tensor
     step_index: Tensor
     log_prob: Tensor
+
+
+class Steps(NamedTuple):
+    """The Gaussians of stored steps under one network, and its predictions, each ``[B, S, H, D]``."""
+
+    mean: Tensor
+    std: Tensor
+    x0_pred: Tensor
 
 
 def draw_step_index(
@@ -152,10 +195,31 @@ def sample_chain(
     return Chain(x_t, torch.stack([before, after], dim=1), step_index, log_prob[:, None])
 
 
+def sample_noisy_chain(predict: PredictStep, x_1: Tensor, noise: Tensor) -> Chain:
+    """Denoise ``x_1`` with learned noise in every step (Flow-Noise).
+
+    Args:
+        predict: the network and its noise head.
+        x_1: initial noise, float32 ``[B, H, D]``.
+        noise: standard normal noise of every step, ``[B, K, H, D]``.
+    """
+    num_steps = noise.shape[1]
+    times = time_grid(num_steps).to(x_1.device)
+    states, log_probs = [x_1], []
+    for k in range(num_steps):
+        x_t = states[-1]
+        x0_pred, std = predict(x_t, times[k].expand(len(x_t)))
+        mean = ode_mean(x_t, x0_pred, times[k], times[k + 1])
+        states.append(mean + std * noise[:, k])
+        log_probs.append(gaussian_log_prob(states[-1], mean, std))
+    step_index = torch.arange(num_steps, device=x_1.device).repeat(len(x_1), 1)
+    return Chain(states[-1], torch.stack(states, dim=1), step_index, torch.stack(log_probs, dim=1))
+
+
 def evaluate_chain(
     predict_x0: PredictX0, chain: Tensor, step_index: Tensor, noise_std: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Recompute the log-probs of stored steps under the present network.
+) -> tuple[Tensor, Steps]:
+    """Recompute the log-probs of stored Flow-SDE steps under the present network.
 
     Args:
         predict_x0: the network; called once per stored step.
@@ -164,19 +228,39 @@ def evaluate_chain(
         noise_std: ``[K, H, D]``, the table the chain was sampled with.
 
     Returns:
-        ``(log_prob, x0_pred)``, both ``[B, S, H, D]``; the log-probs are element-wise, 0 where std is 0.
+        element-wise log-probs ``[B, S, H, D]``, 0 where std is 0, and the steps.
     """
     times = time_grid(noise_std.shape[0]).to(chain.device)
-    log_probs, predictions = [], []
-    for j in range(step_index.shape[1]):
-        index = step_index[:, j]
-        x_t, x_s = chain[:, j], chain[:, j + 1]
+
+    def step(x_t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x0_pred = predict_x0(x_t, times[index]).float()
         std = noise_std[index]
-        mean = sde_mean(x_t, x0_pred, _per_sample(times, index), _per_sample(times, index + 1), std)
-        log_probs.append(gaussian_log_prob(x_s, mean, std))
-        predictions.append(x0_pred)
-    return torch.stack(log_probs, dim=1), torch.stack(predictions, dim=1)
+        t, s = _per_sample(times, index), _per_sample(times, index + 1)
+        return sde_mean(x_t, x0_pred, t, s, std), std, x0_pred
+
+    return _evaluate(step, chain, step_index)
+
+
+def evaluate_noisy_chain(
+    predict: PredictStep, chain: Tensor, step_index: Tensor, num_denoising_steps: int
+) -> tuple[Tensor, Steps]:
+    """Recompute the log-probs of stored Flow-Noise steps; see :func:`evaluate_chain`."""
+    times = time_grid(num_denoising_steps).to(chain.device)
+
+    def step(x_t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x0_pred, std = predict(x_t, times[index])
+        return ode_mean(x_t, x0_pred, _per_sample(times, index), _per_sample(times, index + 1)), std, x0_pred
+
+    return _evaluate(step, chain, step_index)
+
+
+def _evaluate(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], chain: Tensor, step_index: Tensor
+) -> tuple[Tensor, Steps]:
+    """Evaluate ``(x_t, index [B]) -> (mean, std, x0_pred)`` at every stored step."""
+    found = [step(chain[:, j], step_index[:, j]) for j in range(step_index.shape[1])]
+    steps = Steps(*(torch.stack(parts, dim=1) for parts in zip(*found, strict=True)))
+    return gaussian_log_prob(chain[:, 1:], steps.mean, steps.std), steps
 
 
 def sample_ode(predict_x0: PredictX0, x_1: Tensor, num_denoising_steps: int) -> Tensor:
@@ -185,7 +269,7 @@ def sample_ode(predict_x0: PredictX0, x_1: Tensor, num_denoising_steps: int) -> 
     x_t = x_1
     for k in range(num_denoising_steps):
         x0_pred = predict_x0(x_t, times[k].expand(len(x_t))).float()
-        x_t = sde_mean(x_t, x0_pred, times[k], times[k + 1], torch.zeros_like(x_t))
+        x_t = ode_mean(x_t, x0_pred, times[k], times[k + 1])
     return x_t
 
 

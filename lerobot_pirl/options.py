@@ -22,6 +22,17 @@ VALUE_OPTIONS = (
     *("gamma", "gae_lambda", "bootstrap_truncation", "normalize_advantage", "clip_range_vf", "huber_delta"),
     *("critic_warmup_iterations", "value_learning_rate", "value_hidden_dims"),
 )
+# which variant uses them; with the other they do nothing
+VARIANT_OPTIONS = {
+    "flow_sde": (
+        *("noise_level", "last_step_std_position", "last_step_std_rotation", "last_step_prob"),
+        "step_loss_weight",
+    ),
+    "flow_noise": ("noise_std_position", "noise_std_rotation", "noise_head_hidden_dims", "entropy_coef"),
+}
+_STD_RANGE = rules.many("a list of two numbers from 1e-06 to 10", _NOISE, 2, 2)
+_COEFFICIENT = rules.number("a finite number >= 0", lambda value: value >= 0)
+_WIDTHS = rules.many("a list of 1 to 16 integers from 1 to 16384", rules.integer(1, 16384), 1, 16)
 
 
 @dataclass
@@ -43,20 +54,29 @@ class WireConfig:
 class PiRLConfig(RLAlgorithmConfig):
     """piRL: PPO over the denoising chain of a flow-matching policy."""
 
-    # How the denoising chain explores. flow_sde: one stochastic step per chunk.
-    variant: str = option("flow_sde", rules.one_of("flow_sde"))
+    # How the denoising chain explores. flow_sde: one stochastic step per chunk, fixed noise; flow_noise: every step,
+    # learned noise.
+    variant: str = option("flow_sde", rules.one_of("flow_sde", "flow_noise"))
     # Denoising steps K of rollout, update and the saved policy, at least 2.
     num_denoising_steps: int = option(5, rules.integer(2, 1000))
     # Executed rows of every predicted chunk.
     n_action_steps: int = option(10, rules.integer(1, 1000))
-    # Noise level `a` of the steps before the last (piRL 0.5; X-VLA's metre-scale actions want less), 1e-6 to 10.
+    # flow_sde: noise level `a` of the steps before the last (piRL 0.5; X-VLA's metre-scale actions want less), 1e-6 to 10.
     noise_level: float = option(0.3, _NOISE)
-    # Std of the last step on position channels, in metres, 1e-6 to 10.
+    # flow_sde: std of the last step on position channels, in metres, 1e-6 to 10.
     last_step_std_position: float = option(0.005, _NOISE)
-    # Std of the last step on 6-D rotation channels, 1e-6 to 10.
+    # flow_sde: std of the last step on 6-D rotation channels, 1e-6 to 10.
     last_step_std_rotation: float = option(0.03, _NOISE)
-    # Probability that the last step is the stochastic one, in (0, 1].
+    # flow_sde: probability that the last step is the stochastic one, in (0, 1].
     last_step_prob: float = option(0.5, rules.number("a number in (0, 1]", lambda value: 0 < value <= 1))
+    # flow_noise: lowest and highest std of every step on position channels, in metres, 1e-6 to 10.
+    noise_std_position: tuple[float, float] = option((0.002, 0.008), _STD_RANGE)
+    # flow_noise: lowest and highest std of every step on 6-D rotation channels, 1e-6 to 10.
+    noise_std_rotation: tuple[float, float] = option((0.01, 0.05), _STD_RANGE)
+    # flow_noise: widths of the hidden layers of the network that learns the noise.
+    noise_head_hidden_dims: tuple[int, ...] = option((128, 64), _WIDTHS)
+    # flow_noise: weight of the noise's mean entropy per explored number, a bonus, at least 0.
+    entropy_coef: float = option(0.005, _COEFFICIENT)
     # Updates over which the noise of all steps shrinks linearly to `noise_anneal_to` of itself; 0 keeps it.
     noise_anneal_iterations: int = option(0, rules.integer(0, 1_000_000))
     # Share of the noise that is left then, in (0, 1]; refused without `noise_anneal_iterations`.
@@ -96,7 +116,7 @@ class PiRLConfig(RLAlgorithmConfig):
     loss_aggregation: str = option("token", rules.one_of("token", "episode"))
     # Scale advantages of an iteration to mean 0 and std 1.
     normalize_advantage: bool = option(True, rules.FLAG)
-    # Loss weight per denoising step: `inv_sensitivity` levels their gradients, `none` leaves them.
+    # flow_sde: loss weight per denoising step: `inv_sensitivity` levels their gradients, `none` leaves them.
     step_loss_weight: str = option("inv_sensitivity", rules.one_of("inv_sensitivity", "none"))
 
     # PPO's clip range of the probability ratio, in (0, 1).
@@ -117,6 +137,9 @@ class PiRLConfig(RLAlgorithmConfig):
     micro_batch_size: int = option(32, COUNT)
     # End the update when the mean k3 KL of a minibatch exceeds this, > 0; null turns it off.
     target_kl: float | None = option(0.02, rules.or_null(rules.POSITIVE))
+    # Weight of the KL from the starting policy, summed over a chunk's stored steps, at least 0; above 0 a second copy of
+    # what trains is kept and saved.
+    kl_coef: float = option(0.0, _COEFFICIENT)
     # First iterations that train the value head alone.
     critic_warmup_iterations: int = option(3, rules.integer(0, 1_000_000))
 
@@ -133,10 +156,7 @@ class PiRLConfig(RLAlgorithmConfig):
     # Gradient clipping by norm, per group (policy, value head), > 0.
     grad_clip_norm: float = option(1.0, rules.POSITIVE)
     # Widths of the value head's hidden layers.
-    value_hidden_dims: tuple[int, ...] = option(
-        (512, 256, 128),
-        rules.many("a list of 1 to 16 integers from 1 to 16384", rules.integer(1, 16384), 1, 16),
-    )
+    value_hidden_dims: tuple[int, ...] = option((512, 256, 128), _WIDTHS)
 
     # How learner and actor talk.
     wire: WireConfig = field(default_factory=WireConfig)
@@ -160,15 +180,35 @@ class PiRLConfig(RLAlgorithmConfig):
             return 1
         return 8 if self.group_size is None else self.group_size
 
+    def _refuse_idle(self, names: tuple[str, ...], beside: str) -> None:
+        """Refuse options that do nothing beside the value of another one, unless they have their defaults."""
+        for each in fields(self):
+            # a list where a tuple stands is the same option
+            given = getattr(self, each.name)
+            if each.name in names and (tuple(given) if isinstance(given, list) else given) != each.default:
+                raise ValueError(
+                    f"algorithm.{each.name}={rules.shown(given)} does nothing with "
+                    f"algorithm.{beside}={getattr(self, beside)!r}; remove it or change algorithm.{beside}"
+                )
+
+    def _check_variant(self) -> None:
+        """Refuse what does nothing with the chosen variant, and ranges without room."""
+        self._refuse_idle(
+            VARIANT_OPTIONS["flow_noise" if self.variant == "flow_sde" else "flow_sde"], "variant"
+        )
+        for name in ("noise_std_position", "noise_std_rotation"):
+            low, high = getattr(self, name)
+            if low >= high:
+                raise ValueError(
+                    f"algorithm.{name}={[low, high]} leaves the noise nothing to learn; give the lowest std first, "
+                    "and a higher one"
+                )
+
     def _check_advantage(self) -> None:
         """Refuse what does nothing with the chosen kind of advantages, and groups that do not fit."""
-        idle = ("group_size", "group_filter") if self.advantage == "gae" else VALUE_OPTIONS
-        for each in fields(self):
-            if each.name in idle and getattr(self, each.name) != each.default:
-                raise ValueError(
-                    f"algorithm.{each.name}={rules.shown(getattr(self, each.name))} does nothing with "
-                    f"algorithm.advantage={self.advantage!r}; remove it or change algorithm.advantage"
-                )
+        self._refuse_idle(
+            ("group_size", "group_filter") if self.advantage == "gae" else VALUE_OPTIONS, "advantage"
+        )
         if self.episodes_per_iteration % self.resolved_group_size:
             raise ValueError(
                 f"algorithm.episodes_per_iteration={self.episodes_per_iteration} is no multiple of the group size "
@@ -201,6 +241,7 @@ class PiRLConfig(RLAlgorithmConfig):
                 f"algorithm.gripper_temperature={self.gripper_temperature} does nothing with "
                 "algorithm.gripper='exclude'; remove it or set algorithm.gripper to 'bernoulli_last'"
             )
+        self._check_variant()
         self._check_advantage()
         if (self.noise_anneal_to is None) == bool(self.noise_anneal_iterations):
             raise ValueError(

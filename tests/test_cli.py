@@ -19,7 +19,7 @@ import pytest
 
 from lerobot_pirl import __version__, cli, doctor, registry
 from lerobot_pirl.doctor import FAIL, OK, WARN, Check
-from lerobot_pirl.policies.xvla import PACKAGED_TOKENIZER, resolve_tokenizer
+from lerobot_pirl.policies.xvla_processors import PACKAGED_TOKENIZER, resolve_tokenizer
 from tests.toy import CONFIGS, read_json, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -350,7 +350,7 @@ def test_a_tokenizer_that_cannot_be_loaded_fails_with_the_option(tmp_path):
 
 
 def test_a_damaged_package_fails_with_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr("lerobot_pirl.policies.xvla.resolve_tokenizer", lambda name: str(tmp_path))
+    monkeypatch.setattr("lerobot_pirl.policies.xvla_processors.resolve_tokenizer", lambda name: str(tmp_path))
     check = one(doctor.check_tokenizers(None))
     assert check.status == FAIL
     assert "reinstall lerobot-pirl" in check.detail

@@ -17,7 +17,7 @@ ORDER: list[set[str]] = [
     {"startup.learner_main", "startup.actor_main", "startup.train_main"},
     # processes and commands; nothing below knows of them
     {"cli", "learner", "actor"},
-    {"doctor", "inbox", "saving"},
+    {"doctor", "inbox", "prepare", "saving"},
     {"launch"},
     {"health", "plots"},
     {"metrics"},
@@ -30,7 +30,7 @@ ORDER: list[set[str]] = [
     {"evaluate", "videos"},
     {"collector"},
     {"algorithm"},
-    {"diagnostics", "probe", "value"},
+    {"diagnostics", "objective", "probe", "targets", "value"},
     # from what a user wrote to a config
     {"config"},
     {"inert", "options", "parsing"},
@@ -41,7 +41,8 @@ ORDER: list[set[str]] = [
     {"policies", "weights"},
     {"envs"},
     # formulas
-    {"ppo", "flow"},
+    {"noise"},
+    {"ppo", "flow", "mlp"},
     # the finder is standard library only, so anybody may ask it what a command line selects
     {"startup"},
     # the version
@@ -54,6 +55,8 @@ THIRD_PARTY = {
     "": set(),
     "flow": {"torch"},
     "ppo": {"torch"},
+    "mlp": {"torch"},
+    "noise": {"torch"},
     "folders": set(),
     "rules": set(),
     "wire": {"torch", "safetensors"},

@@ -15,17 +15,10 @@ from transformers import AutoTokenizer
 from lerobot_pirl import flow
 from lerobot_pirl.algorithm import load_weights
 from lerobot_pirl.build import make_adapter
-from lerobot_pirl.policies import xvla
+from lerobot_pirl.policies import xvla_processors
 from lerobot_pirl.policies.base import chain_log_prob, sample_actions
-from lerobot_pirl.policies.xvla import (
-    GRIPPER,
-    PACKAGED_TOKENIZER,
-    POSITION,
-    ROTATION,
-    XVLAAdapter,
-    make_processors,
-    resolve_tokenizer,
-)
+from lerobot_pirl.policies.xvla import GRIPPER, POSITION, ROTATION, XVLAAdapter
+from lerobot_pirl.policies.xvla_processors import PACKAGED_TOKENIZER, make_processors, resolve_tokenizer
 from tests.toy import tiny_adapter, tiny_config, tiny_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -139,7 +132,7 @@ def test_log_prob_of_pose_and_gripper_equals_torchs_distributions(adapter):
     pose = torch.distributions.Normal(mean[:, mask], table[mask]).log_prob(drawn.chain[:, 1][:, mask]).sum(1)
     logits = x0_pred[:, : adapter.n_action_steps, GRIPPER] / adapter.gripper_temperature
     bits = torch.distributions.Bernoulli(logits=logits).log_prob(drawn.gripper.float()).sum(1)
-    torch.testing.assert_close(drawn.log_prob, pose + bits, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(drawn.log_prob[:, 0], pose + bits, atol=1e-3, rtol=1e-5)
 
 
 # --- what is explored -------------------------------------------------------------------------------------
@@ -636,9 +629,9 @@ def test_processors_come_from_the_same_revision_as_the_weights(saved, monkeypatc
     cfg, folder = saved
     cfg.policy.pretrained_revision = "v1.2"
     asked = {}
-    original = xvla.make_pre_post_processors
+    original = xvla_processors.make_pre_post_processors
     monkeypatch.setattr(
-        xvla,
+        xvla_processors,
         "make_pre_post_processors",
         lambda *args, **kwargs: asked.update(kwargs) or original(*args, **kwargs),
     )
@@ -704,7 +697,7 @@ def test_saved_processors_without_a_tokenizer_are_refused(saved, tokenizer_name)
     ],
 )
 def test_an_environment_pipeline_without_a_needed_step_is_refused(monkeypatch, where, step_name, match):
-    original = xvla.make_env_pre_post_processors
+    original = xvla_processors.make_env_pre_post_processors
 
     def stripped(env_cfg, policy_cfg):
         pipelines = dict(zip(("pre", "post"), original(env_cfg, policy_cfg), strict=True))
@@ -713,7 +706,7 @@ def test_an_environment_pipeline_without_a_needed_step_is_refused(monkeypatch, w
         assert len(pipelines[where].steps) == len(steps) - 1
         return pipelines["pre"], pipelines["post"]
 
-    monkeypatch.setattr(xvla, "make_env_pre_post_processors", stripped)
+    monkeypatch.setattr(xvla_processors, "make_env_pre_post_processors", stripped)
     cfg = tiny_config()
     with pytest.raises(ValueError, match=match):
         make_processors(cfg.policy, cfg.env)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lerobot_pirl import flow
+from lerobot_pirl.noise import NoiseHead
 
 Features = dict[str, Tensor]
 
@@ -25,19 +26,26 @@ class PolicyAdapter(Protocol):
 
     Attributes:
         policy: the LeRobot policy, in eval mode for good (dropout would break the ratio), encoder frozen.
-        noise_std: ``[K, H, D]`` noise of every denoising step; 0 where nothing is explored.
+        noise_std: ``[K, H, D]`` noise of every denoising step; 0 where nothing is explored. With a noise head, the
+            most that it may give.
+        noise_head: what gives the noise of ``flow_noise``, None with ``flow_sde``. An adapter without this attribute
+            offers ``flow_sde`` alone.
         n_action_steps: ``A``, executed rows of a chunk.
         gripper_index: the channel whose x0 prediction is a gripper logit, or None.
         gripper_temperature: temperature of the gripper's Bernoulli at the last step, or None to threshold.
+        position_index: slice of the channels of an action that are a position in metres, or None; an adapter without it
+            has its changes not measured.
         value_input_dim: width of :meth:`value_input`.
         processors: what turns a raw environment observation into ``encode``'s batch, and back.
     """
 
     policy: nn.Module
     noise_std: Tensor
+    noise_head: NoiseHead | None
     n_action_steps: int
     gripper_index: int | None
     gripper_temperature: float | None
+    position_index: slice | None
     value_input_dim: int
     processors: Any
 
@@ -50,6 +58,9 @@ class PolicyAdapter(Protocol):
 
     def predict_x0(self, features: Features, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the predicted clean chunk ``[B, H, D]`` for ``x_t`` at per-sample times ``t`` ``[B]``."""
+
+    def predict_x0_and_std(self, features: Features, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same and the noise head's std ``[B, H, D]``, float32; asked for only with a noise head."""
 
     def value_input(self, features: Features) -> Tensor:
         """Return the value head's detached float32 input ``[B, value_input_dim]``."""
@@ -76,7 +87,8 @@ class ActionSample:
         chain: ``[B, S + 1, H, D]``.
         step_index: int64 ``[B, S]``.
         gripper: executed gripper bits, uint8 ``[B, A]``; ``A`` is 0 without a gripper.
-        log_prob: joint log-probability of what was drawn, ``[B]``.
+        log_prob: log-probability of what was drawn in every stored step, ``[B, S]``; the sum is the decision's. Drawn
+            gripper bits belong to the last step.
         gripper_flips: share of the executed gripper bits that differ from the thresholded logit, ``[B]``.
     """
 
@@ -88,10 +100,37 @@ class ActionSample:
     gripper_flips: Tensor
 
 
-def _gripper_log_prob(adapter: PolicyAdapter, bits: Tensor, logits: Tensor, last: Tensor) -> Tensor:
-    """Return ``[B]``, the log pmf of the bits ``[B, A]`` where the last step was the stochastic one, else 0."""
-    log_prob = flow.bernoulli_log_prob(bits.float(), logits / adapter.gripper_temperature).sum(dim=1)
-    return torch.where(last, log_prob, torch.zeros_like(log_prob))
+@dataclass(frozen=True)
+class Distributions:
+    """What stored decisions were drawn from, under one set of weights.
+
+    Attributes:
+        mean, std: Gaussians of the stored steps, ``[B, S, H, D]``.
+        gripper_logits: of the gripper's Bernoullis, ``[B, A]``; 0 where it was not drawn, ``A`` is 0 without any.
+    """
+
+    mean: Tensor
+    std: Tensor
+    gripper_logits: Tensor
+
+
+def noise_head(adapter: PolicyAdapter) -> NoiseHead | None:
+    """Return the adapter's noise head, None where the noise is a table."""
+    return getattr(adapter, "noise_head", None)
+
+
+def _predict_step(adapter: PolicyAdapter, features: Features, noise_scale: float) -> flow.PredictStep:
+    def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x0_pred, std = adapter.predict_x0_and_std(features, x_t, t)
+        return x0_pred, std * noise_scale
+
+    return predict
+
+
+def _add_to_last(log_prob: Tensor, bits: Tensor, logits: Tensor, drawn: Tensor) -> Tensor:
+    """Add the log pmf of gripper bits ``[B, A]`` to the last step's log-probs where they were drawn, ``[B, S]``."""
+    added = torch.where(drawn, flow.bernoulli_log_prob(bits.float(), logits).sum(dim=1), 0)
+    return torch.cat([log_prob[:, :-1], log_prob[:, -1:] + added[:, None]], dim=1)
 
 
 @torch.no_grad()
@@ -102,51 +141,63 @@ def sample_actions(
     generators: Sequence[torch.Generator],
     noise_scale: float = 1.0,
 ) -> ActionSample:
-    """Draw a chunk per sample with one stochastic denoising step each (hybrid Flow-SDE).
+    """Draw a chunk per sample: with one stochastic denoising step each (hybrid Flow-SDE), or all of them (Flow-Noise).
 
     Args:
-        adapter: the policy.
+        adapter: the policy; with a noise head it is Flow-Noise.
         features: of ``B`` observations.
-        last_step_prob: probability that the last step is the stochastic one.
+        last_step_prob: Flow-SDE's probability that the last step is the stochastic one.
         generators: one per sample, on the CPU: what an episode draws depends neither on the device nor on the
             episodes that run beside it.
-        noise_scale: factor on ``adapter.noise_std``; the gripper's temperature stays as it is.
+        noise_scale: factor on the noise; the gripper's temperature stays as it is.
     """
-    noise_std = adapter.noise_std * noise_scale
-    num_steps, chunk_size, action_dim = noise_std.shape
-    batch_size = len(generators)
-    device = noise_std.device
+    num_steps, chunk_size, action_dim = adapter.noise_std.shape
+    learned = noise_head(adapter) is not None
     draws = [
         (
-            flow.draw_step_index(1, num_steps, last_step_prob, generator)[0],
-            *torch.randn(2, chunk_size, action_dim, generator=generator),
+            torch.empty(0) if learned else flow.draw_step_index(1, num_steps, last_step_prob, generator)[0],
+            torch.randn(1 + (num_steps if learned else 1), chunk_size, action_dim, generator=generator),
             torch.rand(adapter.n_action_steps, generator=generator),
         )
         for generator in generators
     ]
-    step_index, x_1, noise, uniform = (torch.stack(drawn).to(device) for drawn in zip(*draws, strict=True))
-    result = flow.sample_chain(
-        lambda x_t, t: adapter.predict_x0(features, x_t, t), x_1, noise_std, step_index, noise
-    )
-    log_prob = result.log_prob.sum(dim=(1, 2, 3))
+    stacked = (torch.stack(drawn).to(adapter.noise_std.device) for drawn in zip(*draws, strict=True))
+    step_index, noise, uniform = stacked
+    if learned:
+        result = flow.sample_noisy_chain(
+            _predict_step(adapter, features, noise_scale), noise[:, 0], noise[:, 1:]
+        )
+    else:
+        result = flow.sample_chain(
+            lambda x_t, t: adapter.predict_x0(features, x_t, t),
+            noise[:, 0],
+            adapter.noise_std * noise_scale,
+            step_index,
+            noise[:, 1],
+        )
+    return _execute(adapter, result, uniform)
+
+
+def _execute(adapter: PolicyAdapter, result: flow.Chain, uniform: Tensor) -> ActionSample:
+    """Draw or threshold the gripper of sampled chains with uniform numbers ``[B, A]``."""
+    log_prob = result.log_prob.sum(dim=(2, 3))
+    batch_size, device = len(log_prob), log_prob.device
     if adapter.gripper_index is None:
         gripper = torch.empty(batch_size, 0, dtype=torch.uint8, device=device)
-        actions = adapter.execute(result.x_0, None)
-        return ActionSample(
-            actions, result.chain, step_index, gripper, log_prob, torch.zeros(batch_size, device=device)
-        )
+        actions, flips = adapter.execute(result.x_0, None), torch.zeros(batch_size, device=device)
+        return ActionSample(actions, result.chain, result.step_index, gripper, log_prob, flips)
     # the last step has no noise on the gripper's channel, so x_0 holds the logit the network predicted there
     logits = result.x_0[:, : adapter.n_action_steps, adapter.gripper_index]
     threshold = logits > 0
     bits = threshold
     if adapter.gripper_temperature is not None:
-        last = step_index[:, 0] == num_steps - 1
-        drawn = uniform < torch.sigmoid(logits / adapter.gripper_temperature)
-        bits = torch.where(last[:, None], drawn, threshold)
-        log_prob = log_prob + _gripper_log_prob(adapter, bits, logits, last)
+        drawn = result.step_index[:, -1] == len(adapter.noise_std) - 1
+        logits = logits / adapter.gripper_temperature
+        bits = torch.where(drawn[:, None], uniform < torch.sigmoid(logits), threshold)
+        log_prob = _add_to_last(log_prob, bits, logits, drawn)
     flips = (bits != threshold).float().mean(dim=1)
     actions = adapter.execute(result.x_0, bits)
-    return ActionSample(actions, result.chain, step_index, bits.to(torch.uint8), log_prob, flips)
+    return ActionSample(actions, result.chain, result.step_index, bits.to(torch.uint8), log_prob, flips)
 
 
 @torch.no_grad()
@@ -174,23 +225,36 @@ def chain_log_prob(
     step_index: Tensor,
     gripper: Tensor,
     noise_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Recompute the joint log-probability of stored decisions under the present weights.
+) -> tuple[Tensor, Distributions]:
+    """Recompute the log-probability of stored decisions under the present weights.
 
-    ``noise_scale`` must be the one the decisions were drawn with.
+    ``noise_scale`` must be the one the decisions were drawn with. The network is called once per stored step.
 
     Returns:
-        ``(log_prob [B], x0_pred [B, S, H, D])``.
+        log-probs of the stored steps ``[B, S]``, as in :class:`ActionSample`, and what the decisions are drawn from.
     """
-    log_prob, x0_pred = flow.evaluate_chain(
-        lambda x_t, t: adapter.predict_x0(features, x_t, t),
-        chain,
-        step_index,
-        adapter.noise_std * noise_scale,
-    )
-    total = log_prob.sum(dim=(1, 2, 3))
+    num_steps = len(adapter.noise_std)
+    if noise_head(adapter) is None:
+        log_prob, steps = flow.evaluate_chain(
+            lambda x_t, t: adapter.predict_x0(features, x_t, t),
+            chain,
+            step_index,
+            adapter.noise_std * noise_scale,
+        )
+    else:
+        predict = _predict_step(adapter, features, noise_scale)
+        log_prob, steps = flow.evaluate_noisy_chain(predict, chain, step_index, num_steps)
+    log_prob = log_prob.sum(dim=(2, 3))
+    logits = log_prob.new_zeros(len(log_prob), 0)
     if adapter.gripper_temperature is not None:
-        last = step_index[:, -1] == adapter.noise_std.shape[0] - 1
-        logits = x0_pred[:, -1, : adapter.n_action_steps, adapter.gripper_index]
-        total = total + _gripper_log_prob(adapter, gripper, logits, last)
-    return total, x0_pred
+        drawn = step_index[:, -1] == num_steps - 1
+        logits = steps.x0_pred[:, -1, : adapter.n_action_steps, adapter.gripper_index]
+        logits = torch.where(drawn[:, None], logits / adapter.gripper_temperature, 0)
+        log_prob = _add_to_last(log_prob, gripper, logits, drawn)
+    return log_prob, Distributions(steps.mean, steps.std, logits)
+
+
+def kl_divergence(one: Distributions, other: Distributions) -> Tensor:
+    """Return KL(one || other) of every decision, in closed form given the states of its chain, ``[B]``."""
+    gaussian = flow.gaussian_kl(one.mean, one.std, other.mean, other.std).sum(dim=(1, 2, 3))
+    return gaussian + flow.bernoulli_kl(one.gripper_logits, other.gripper_logits).sum(dim=1)

@@ -7,138 +7,22 @@ explored, and neither is the gripper before the last step: the network does not 
 """
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lerobot.envs.factory import make_env_pre_post_processors
 from lerobot.envs.utils import preprocess_observation
-from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
-from lerobot.policies.xvla.processor_xvla import (
-    XVLAAddDomainIdProcessorStep,
-    XVLAImageNetNormalizeProcessorStep,
-    XVLAImageScaleProcessorStep,
-    XVLAImageToFloatProcessorStep,
-    XVLARotation6DToAxisAngleProcessorStep,
-    make_xvla_pre_post_processors,
-)
-from lerobot.processor import (
-    PolicyProcessorPipeline,
-    TokenizerProcessorStep,
-)
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
 from lerobot_pirl import flow
+from lerobot_pirl.noise import NoiseHead
+from lerobot_pirl.policies.xvla_processors import LIBERO_DOMAIN_ID, make_processors
 
 logger = logging.getLogger(__name__)
 
-LIBERO_DOMAIN_ID = 3
 POSITION, ROTATION, GRIPPER = slice(0, 3), slice(3, 9), 9
-# the tiny configs' tokenizer; the same name is a folder of a clone, so stock LeRobot finds it there too
-PACKAGED_TOKENIZER = "lerobot_pirl/tokenizer"
-
-
-@dataclass(frozen=True)
-class Processors:
-    """The four pipelines between a LIBERO-shaped environment and the policy, as ``lerobot-eval`` chains them."""
-
-    env_pre: PolicyProcessorPipeline
-    policy_pre: PolicyProcessorPipeline
-    policy_post: PolicyProcessorPipeline
-    env_post: PolicyProcessorPipeline
-
-
-def resolve_tokenizer(name: str) -> str:
-    """Return where a tokenizer is loaded from: the packaged one by its name, anything else unchanged."""
-    if name == PACKAGED_TOKENIZER:
-        return str(Path(__file__).parent.parent / "tokenizer")
-    return name
-
-
-def _scratch_policy_pipelines(config: Any) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Build the policy pipelines of a policy that has no saved ones.
-
-    LeRobot's own are made for dataset frames; behind the LIBERO environment pipeline they would scale and
-    normalise the images a second time, so those steps go and the domain is LIBERO's.
-    """
-    tokenizer_name = config.tokenizer_name
-    config.tokenizer_name = resolve_tokenizer(tokenizer_name)
-    try:
-        pre, post = make_xvla_pre_post_processors(config)
-    finally:
-        config.tokenizer_name = tokenizer_name
-    image_steps = (XVLAImageToFloatProcessorStep, XVLAImageNetNormalizeProcessorStep)
-    pre.steps = [step for step in pre.steps if not isinstance(step, image_steps)]
-    for step in pre.steps:
-        if isinstance(step, XVLAAddDomainIdProcessorStep):
-            step.domain_id = LIBERO_DOMAIN_ID
-    return pre, post
-
-
-def make_processors(policy_cfg: Any, env_cfg: Any) -> Processors:
-    """Build the pipelines, from the checkpoint where there is one, and check that every step occurs once.
-
-    Raises:
-        ValueError: when images would be normalised never or twice or scaled again, no tokenizer is there,
-            rotations are not converted once, or the domain that reaches the network is not LIBERO's.
-    """
-    env_pre, env_post = make_env_pre_post_processors(env_cfg, policy_cfg)
-    if policy_cfg.pretrained_path:
-        overrides = {"device_processor": {"device": str(policy_cfg.device)}}
-        if policy_cfg.tokenizer_name == PACKAGED_TOKENIZER:
-            overrides["tokenizer_processor"] = {"tokenizer_name": resolve_tokenizer(PACKAGED_TOKENIZER)}
-        try:
-            pre, post = make_pre_post_processors(
-                policy_cfg,
-                pretrained_path=str(policy_cfg.pretrained_path),
-                pretrained_revision=policy_cfg.pretrained_revision,
-                preprocessor_overrides=overrides,
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"the processors of {policy_cfg.pretrained_path} lack a step that X-VLA needs; fix "
-                f"policy_preprocessor.json beside the weights: {error}"
-            ) from error
-    else:
-        pre, post = _scratch_policy_pipelines(policy_cfg)
-    processors = Processors(env_pre, pre, post, env_post)
-    _check_steps(processors, policy_cfg.pretrained_path or "a policy built from scratch")
-    return processors
-
-
-def _check_steps(processors: Processors, source: Any) -> None:
-    before = [*processors.env_pre.steps, *processors.policy_pre.steps]
-    after = [*processors.policy_post.steps, *processors.env_post.steps]
-    # LeRobot's environment observations are in [0, 1] already
-    expected = [
-        ("image normalisation (xvla_imagenet_normalize)", XVLAImageNetNormalizeProcessorStep, before, 1),
-        ("image scaling (xvla_image_scale)", XVLAImageScaleProcessorStep, before, 0),
-        ("image scaling (xvla_image_to_float)", XVLAImageToFloatProcessorStep, before, 0),
-        ("tokenizer (tokenizer_processor)", TokenizerProcessorStep, before, 1),
-        (
-            "rotation conversion (xvla_rotation_6d_to_axis_angle)",
-            XVLARotation6DToAxisAngleProcessorStep,
-            after,
-            1,
-        ),
-    ]
-    for label, step_type, steps, wanted in expected:
-        count = sum(isinstance(step, step_type) for step in steps)
-        if count != wanted:
-            raise ValueError(
-                f"the processors of {source} hold the step '{label}' {count} times together with the "
-                f"environment's, but it must {'occur exactly once' if wanted else 'not occur'}; fix "
-                "policy_preprocessor.json or policy_postprocessor.json beside the weights"
-            )
-    domains = [step.domain_id for step in before if isinstance(step, XVLAAddDomainIdProcessorStep)]
-    if not domains or domains[-1] != LIBERO_DOMAIN_ID:
-        raise ValueError(
-            f"the processors of {source} send domain_id {domains[-1] if domains else None} to X-VLA, but LIBERO "
-            f"is domain {LIBERO_DOMAIN_ID}; set it in the step xvla_add_domain_id of policy_preprocessor.json"
-        )
 
 
 def _decode_in_float32(decoder: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
@@ -150,6 +34,14 @@ def _decode_in_float32(decoder: nn.Module, inputs: tuple[Tensor, Tensor], output
     hidden, domain_id = inputs
     with torch.autocast(hidden.device.type, enabled=False):
         return decoder.forward(hidden.float(), domain_id)
+
+
+def domain_tables(names: Iterable[str], use_hetero_proj: bool) -> list[str]:
+    """Return the names of an X-VLA's weights that have a row per domain."""
+    modules = ["soft_prompt_hub", "action_encoder", "action_decoder"]
+    if use_hetero_proj:
+        modules += ["vlm_proj", "aux_visual_proj"]
+    return [name for name in names if any(f".{module}." in name for module in modules)]
 
 
 class XVLAAdapter:
@@ -216,6 +108,7 @@ class XVLAAdapter:
             parameter.requires_grad_(False)
         self.n_action_steps = algorithm.n_action_steps
         self.gripper_index = GRIPPER
+        self.position_index = POSITION
         self.gripper_temperature = algorithm.resolved_gripper_temperature
         # a bfloat16 policy trains under autocast on float32 weights: steps of 1e-6 would vanish in bfloat16
         self.dtype = self.model._get_target_dtype()
@@ -223,12 +116,34 @@ class XVLAAdapter:
         if self.dtype == torch.bfloat16:
             self.model.transformer.action_decoder.register_forward_hook(_decode_in_float32)
         self.device = next(self.model.transformer.parameters()).device
+        self.noise_head = self._make_noise_head(algorithm) if algorithm.variant == "flow_noise" else None
         self.noise_std = self._noise_table(algorithm).to(self.device)
         vlm_dim = policy.config.get_florence_config().vision_config.projection_dim
         self.value_input_dim = 2 * vlm_dim + self.model.dim_proprio
         self.processors = make_processors(policy.config, cfg.env)
 
+    def _make_noise_head(self, algorithm: Any) -> NoiseHead:
+        """Return a noise head, and see to it that the action decoder's input is kept for it."""
+        groups = {
+            "position": (POSITION, algorithm.noise_std_position),
+            "rotation": (ROTATION, algorithm.noise_std_rotation),
+        }
+        transformer = self.model.transformer
+        transformer.action_decoder.register_forward_pre_hook(self._keep_hidden)
+        return NoiseHead(
+            transformer.hidden_size,
+            algorithm.noise_head_hidden_dims,
+            groups,
+            self.model.dim_action,
+            algorithm.n_action_steps,
+        ).to(self.device)
+
+    def _keep_hidden(self, decoder: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        self._hidden = inputs[0]
+
     def _noise_table(self, algorithm: Any) -> Tensor:
+        if self.noise_head is not None:
+            return self.noise_head.upper_bound(algorithm.num_denoising_steps, self.model.chunk_size)
         steps = flow.flow_sde_std(algorithm.noise_level, algorithm.num_denoising_steps)
         early = torch.zeros(len(steps), self.model.dim_action)
         last = torch.zeros(self.model.dim_action)
@@ -271,6 +186,14 @@ class XVLAAdapter:
             )
         return x0_pred.float()
 
+    def predict_x0_and_std(
+        self, features: dict[str, Tensor], x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the predicted clean chunk and the std that the noise head reads off the same hidden features."""
+        x0_pred = self.predict_x0(features, x_t, t)
+        hidden, self._hidden = self._hidden, None
+        return x0_pred, self.noise_head(hidden)
+
     def value_input(self, features: dict[str, Tensor]) -> Tensor:
         """Return pooled primary and auxiliary view features and the raw proprio, float32 ``[B, F]``."""
         primary = features["vlm_features"].float().mean(dim=1)
@@ -297,10 +220,5 @@ class XVLAAdapter:
 
         Tables with one row per domain: decay would shrink the rows of the domains that are not trained.
         """
-        tables = ("soft_prompt_hub", "action_encoder", "action_decoder")
-        hetero = ("vlm_proj", "aux_visual_proj") if self.policy.config.use_hetero_proj else ()
-        return {
-            name
-            for name, _ in self.policy.named_parameters()
-            if any(f".{table}." in name for table in (*tables, *hetero))
-        }
+        names = [name for name, _ in self.policy.named_parameters()]
+        return set(domain_tables(names, self.policy.config.use_hetero_proj))

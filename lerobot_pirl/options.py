@@ -54,8 +54,7 @@ class WireConfig:
 class PiRLConfig(RLAlgorithmConfig):
     """piRL: PPO over the denoising chain of a flow-matching policy."""
 
-    # How the denoising chain explores. flow_sde: one stochastic step per chunk, fixed noise; flow_noise: every step,
-    # learned noise.
+    # How the denoising chain explores. flow_sde: fixed noise in one step per chunk; flow_noise: learned noise in all.
     variant: str = option("flow_sde", rules.one_of("flow_sde", "flow_noise"))
     # Denoising steps K of rollout, update and the saved policy, at least 2.
     num_denoising_steps: int = option(5, rules.integer(2, 1000))
@@ -137,8 +136,7 @@ class PiRLConfig(RLAlgorithmConfig):
     micro_batch_size: int = option(32, COUNT)
     # End the update when the mean k3 KL of a minibatch exceeds this, > 0; null turns it off.
     target_kl: float | None = option(0.02, rules.or_null(rules.POSITIVE))
-    # Weight of the KL from the starting policy, summed over a chunk's stored steps, at least 0; above 0 a second copy of
-    # what trains is kept and saved.
+    # Weight of the KL from the starting policy (summed over a chunk), at least 0; above 0 that policy is kept and saved.
     kl_coef: float = option(0.0, _COEFFICIENT)
     # First iterations that train the value head alone.
     critic_warmup_iterations: int = option(3, rules.integer(0, 1_000_000))

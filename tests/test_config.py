@@ -290,6 +290,33 @@ NOT_AN_INTEGER = [True, False, 2.0, 2.5, "2", None, [2], math.nan, math.inf, 10*
 NOT_POSITIVE = [*NOT_A_NUMBER, 0, 0.0, -0.1, 10**400]
 NOT_A_FRACTION = [*NOT_A_NUMBER, -0.1, 1.1, 10**400]
 NOT_A_FLAG = [0, 1, "true", None, [True]]
+NOT_A_COEFFICIENT = [*NOT_A_NUMBER, -0.1, 10**400]
+NOT_A_STD_RANGE = [
+    (),
+    (0.01,),
+    (0.01, 0.02, 0.03),
+    (0, 0.1),
+    (0.1, 11),
+    (0.1, True),
+    (None, 0.1),
+    "ab",
+    0.1,
+    None,
+]
+NOT_WIDTHS = [
+    (),
+    (0,),
+    (64, -1),
+    (64, 1.5),
+    (True,),
+    (64,) * 17,
+    (16385,),
+    (10**12,),
+    ("64",),
+    "64",
+    64,
+    None,
+]
 NOT_A_NAME = ["", "nonsense", None, 1, True, ["exclude"]]
 
 
@@ -299,13 +326,17 @@ def but_null(values: list) -> list:
 
 # option -> (one allowed value besides the default, the values at its limits, values that are refused)
 VALUES = {
-    "variant": (None, ["flow_sde"], [*NOT_A_NAME, "flow_ode", "FLOW_SDE"]),
+    "variant": ("flow_noise", ["flow_sde"], [*NOT_A_NAME, "flow_ode", "FLOW_SDE"]),
     "num_denoising_steps": (4, [2, 1000], [*NOT_AN_INTEGER, 0, 1, 1001]),
     "n_action_steps": (5, [1, 1000], [*NOT_AN_INTEGER, 0, 1001]),
     "noise_level": (0.5, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
     "last_step_std_position": (0.01, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
     "last_step_std_rotation": (0.05, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
     "last_step_prob": (0.7, [1e-9, 1], [*NOT_A_FRACTION, 0]),
+    "noise_std_position": ((0.001, 0.01), [(1e-6, 10), (0.001, 0.0011)], NOT_A_STD_RANGE),
+    "noise_std_rotation": ((0.02, 0.1), [(1e-6, 10), (0.01, 0.011)], NOT_A_STD_RANGE),
+    "noise_head_hidden_dims": ((32,), [(1,), (16384,) * 16], NOT_WIDTHS),
+    "entropy_coef": (0.01, [0, 1e9], NOT_A_COEFFICIENT),
     "noise_anneal_iterations": (20, [1, 10**6], NOT_AN_INTEGER),
     "noise_anneal_to": (0.7, [1e-9, 1], [*but_null(NOT_A_FRACTION), 0]),
     "gripper": ("bernoulli_last", ["exclude"], [*NOT_A_NAME, "gaussian_last"]),
@@ -335,6 +366,7 @@ VALUES = {
     "minibatch_size": (256, [32, 10**6], [*NOT_AN_INTEGER, 0]),
     "micro_batch_size": (16, [1, 512], [*NOT_AN_INTEGER, 0]),
     "target_kl": (0.1, [1e-9, 1e9, None], but_null(NOT_POSITIVE)),
+    "kl_coef": (0.01, [0, 1e9], NOT_A_COEFFICIENT),
     "critic_warmup_iterations": (1, [0, 10**6], NOT_AN_INTEGER),
     "learning_rate": (1e-5, [0, 1], NOT_A_FRACTION),
     "value_learning_rate": (1e-3, [0, 1], NOT_A_FRACTION),
@@ -348,7 +380,7 @@ VALUES = {
     "value_hidden_dims": (
         (64,),
         [(1,), (16384,) * 16],
-        [(), (0,), (64, -1), (64, 1.5), (True,), (64,) * 17, (16385,), (10**12,), ("64",), "64", 64, None],
+        NOT_WIDTHS,
     ),
     "wire": (None, [], [None, 3, "127.0.0.1:50051", {}]),
 }  # fmt: skip
@@ -359,6 +391,10 @@ BESIDE = {
     "group_size": {"advantage": "grpo", "episodes_per_iteration": 1024},
     "group_filter": {"advantage": "grpo"},
     "noise_anneal_to": {"noise_anneal_iterations": 10},
+    "noise_std_position": {"variant": "flow_noise"},
+    "noise_std_rotation": {"variant": "flow_noise"},
+    "noise_head_hidden_dims": {"variant": "flow_noise"},
+    "entropy_coef": {"variant": "flow_noise"},
 }
 WIRE_VALUES = {
     "host": (
@@ -470,6 +506,26 @@ def test_whatever_a_file_holds_either_passes_or_is_refused_by_name(name, value):
             "algorithm.gae_lambda=0.9 does nothing with algorithm.advantage='grpo'",
         ),
         (
+            {"entropy_coef": 0.01},
+            "algorithm.entropy_coef=0.01 does nothing with algorithm.variant='flow_sde'; remove it or change",
+        ),
+        (
+            {"noise_std_position": [0.001, 0.01]},
+            "algorithm.noise_std_position=(0.001, 0.01) does nothing with algorithm.variant='flow_sde'",
+        ),
+        (
+            {"variant": "flow_noise", "last_step_std_position": 0.08},
+            "algorithm.last_step_std_position=0.08 does nothing with algorithm.variant='flow_noise'",
+        ),
+        (
+            {"variant": "flow_noise", "step_loss_weight": "none"},
+            "algorithm.step_loss_weight='none' does nothing with algorithm.variant='flow_noise'",
+        ),
+        (
+            {"variant": "flow_noise", "noise_std_rotation": [0.05, 0.05]},
+            "algorithm.noise_std_rotation=[0.05, 0.05] leaves the noise nothing to learn",
+        ),
+        (
             {"advantage": "grpo", "group_size": 5, "episodes_per_iteration": 64},
             "algorithm.episodes_per_iteration=64 is no multiple of the group size 5",
         ),
@@ -511,6 +567,8 @@ def test_the_defaults_are_those_of_a_single_gpu_run():
     assert values == {
         **{"variant": "flow_sde", "num_denoising_steps": 5, "n_action_steps": 10, "noise_level": 0.3},
         **{"last_step_std_position": 0.005, "last_step_std_rotation": 0.03, "last_step_prob": 0.5},
+        **{"noise_std_position": (0.002, 0.008), "noise_std_rotation": (0.01, 0.05)},
+        **{"noise_head_hidden_dims": (128, 64), "entropy_coef": 0.005, "kl_coef": 0.0},
         **{"noise_anneal_iterations": 0, "noise_anneal_to": None},
         **{"gripper": "exclude", "gripper_temperature": None, "step_loss_weight": "inv_sensitivity"},
         **{"episodes_per_iteration": 64, "n_envs": 16, "async_envs": False, "max_episode_steps": None},
@@ -920,6 +978,7 @@ CRITICAL = {
     *("variant", "num_denoising_steps", "n_action_steps", "noise_level", "last_step_std_position"),
     *("last_step_std_rotation", "last_step_prob", "gripper", "gripper_temperature", "episodes_per_iteration"),
     *("max_episode_steps", "gamma", "gae_lambda", "bootstrap_truncation", "loss_aggregation"),
+    *("noise_std_position", "noise_std_rotation", "noise_head_hidden_dims", "entropy_coef", "kl_coef"),
     *("noise_anneal_iterations", "noise_anneal_to", "advantage", "group_size", "group_filter"),
     *("normalize_advantage", "step_loss_weight", "clip_range", "dual_clip", "clip_range_vf", "huber_delta"),
     *("n_epochs", "minibatch_size", "micro_batch_size", "target_kl", "critic_warmup_iterations"),
@@ -940,7 +999,7 @@ def test_every_option_of_the_algorithm_either_counts_in_the_hash_or_is_per_proce
     assert set(metadata.critical_config(cfg)["algorithm"]) == CRITICAL
 
 
-@pytest.mark.parametrize("name", sorted(CRITICAL - {"variant"}))
+@pytest.mark.parametrize("name", sorted(CRITICAL))
 def test_a_change_of_what_is_learned_changes_the_hash(name):
     value, (before, *_), _ = VALUES[name]
     assert value != before

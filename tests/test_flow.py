@@ -520,3 +520,122 @@ def test_a_step_that_explores_nothing_has_weight_zero():
     weights = flow.inverse_sensitivity(table, step_probability(0.5))
     assert weights[1] == 0
     assert torch.isfinite(weights).all()
+
+
+# --- learned noise ----------------------------------------------------------------------------------------
+
+
+def noisy_net(seed: int = 0):
+    """A network that predicts an end point and, where the table explores, a std of its own."""
+    net, spread, explored = MixingNet(seed), MixingNet(seed + 1), make_table()[0] > 0
+
+    def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return net(x_t, t), torch.where(explored, 0.1 * torch.exp(spread(x_t, t)), 0)
+
+    return predict
+
+
+def noisy_sample(predict, rows: int = B, seed: int = 0) -> flow.Chain:
+    drawn = randn(rows, K + 1, H, D, seed=seed)
+    with torch.no_grad():
+        return flow.sample_noisy_chain(predict, drawn[:, 0], drawn[:, 1:])
+
+
+def test_learned_noise_is_in_every_step_around_the_eulers():
+    predict, drawn = noisy_net(), randn(B, K + 1, H, D)
+    result = noisy_sample(predict)
+    times = flow.time_grid(K)
+    assert result.chain.shape == (B, K + 1, H, D) and torch.equal(result.chain[:, 0], drawn[:, 0])
+    assert torch.equal(result.x_0, result.chain[:, -1])
+    assert torch.equal(result.step_index, torch.arange(K).expand(B, K))
+    for k in range(K):
+        x_t, t, s = result.chain[:, k], times[k], times[k + 1]
+        with torch.no_grad():
+            x0_pred, std = predict(x_t, t.expand(B))
+        velocity = (x_t - x0_pred) / t
+        expected = x_t - (t - s) * velocity + std * drawn[:, k + 1]
+        torch.testing.assert_close(result.chain[:, k + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5, B])
+def test_recomputed_log_probs_of_learned_noise_equal_the_sampled_in_any_batch(size):
+    predict = noisy_net()
+    result = noisy_sample(predict)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
+    parts = [
+        flow.evaluate_noisy_chain(predict, result.chain[rows], result.step_index[rows], K)[0]
+        for rows in order.split(size)
+    ]
+    torch.testing.assert_close(torch.cat(parts), result.log_prob[order], atol=1e-4, rtol=1e-4)
+
+
+def test_log_probs_of_learned_noise_equal_torchs_normal_and_are_zero_elsewhere():
+    result = noisy_sample(noisy_net())
+    log_prob, steps = flow.evaluate_noisy_chain(noisy_net(), result.chain, result.step_index, K)
+    explored = (make_table()[0] > 0).expand_as(log_prob)
+    normal = torch.distributions.Normal(steps.mean[explored], steps.std[explored])
+    torch.testing.assert_close(log_prob[explored], normal.log_prob(result.chain[:, 1:][explored]))
+    assert (log_prob[~explored] == 0).all()
+
+
+def test_without_learned_noise_the_chain_is_the_odes():
+    net = MixingNet()
+    x_1 = randn(B, H, D)
+    with torch.no_grad():
+        silent = flow.sample_noisy_chain(
+            lambda x_t, t: (net(x_t, t), torch.zeros_like(x_t)), x_1, randn(B, K, H, D, seed=1)
+        )
+        assert torch.equal(silent.x_0, flow.sample_ode(net, x_1, K))
+
+
+# --- entropy and divergence -------------------------------------------------------------------------------
+
+
+def test_entropy_is_that_of_torchs_normal_averaged_over_what_is_explored():
+    std = torch.rand(B, 2, H, D, generator=torch.Generator().manual_seed(0)) + 0.1
+    std[:, :, 1:] = 0
+    expected = torch.distributions.Normal(0.0, std[:, :, 0]).entropy().mean(dim=(1, 2))
+    torch.testing.assert_close(flow.mean_entropy(std), expected)
+    assert (flow.mean_entropy(torch.zeros(B, 2, H, D)) == 0).all()
+
+
+def test_gradient_of_the_entropy_is_one_over_std_and_finite_where_nothing_is_explored():
+    std = torch.tensor([[0.5, 0.25, 0.0, 0.0]], requires_grad=True)
+    flow.mean_entropy(std).sum().backward()
+    torch.testing.assert_close(std.grad, torch.tensor([[1.0, 2.0, 0.0, 0.0]]))
+
+
+def test_divergence_of_gaussians_equals_torchs_and_is_zero_between_equals():
+    mean, other_mean = randn(2, B, D)
+    std, other_std = randn(2, B, D, seed=1).abs() + 0.1
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std), normal(other_mean, other_std))
+    torch.testing.assert_close(flow.gaussian_kl(mean, std, other_mean, other_std), expected)
+    assert (flow.gaussian_kl(mean, std, mean, std) == 0).all()
+
+
+def test_divergence_is_zero_in_value_and_gradient_where_nothing_is_explored():
+    mean, std = torch.ones(3, requires_grad=True), torch.tensor([0.5, 0.0, 0.0], requires_grad=True)
+    other = torch.tensor([0.0, 5.0, math.inf])
+    found = flow.gaussian_kl(mean, std, other, torch.tensor([0.5, 0.0, 0.0]))
+    found.sum().backward()
+    assert found[0] == 2 and (found[1:] == 0).all()
+    assert mean.grad[0] == 4 and (mean.grad[1:] == 0).all() and (std.grad[1:] == 0).all()
+
+
+def test_divergence_of_sde_steps_is_the_squared_change_of_the_prediction_over_twice_the_variance():
+    t, s, std = flow.time_grid(K)[2], flow.time_grid(K)[3], torch.tensor(0.2)
+    x_t, x0_pred, change = randn(3, B, D)
+    c_0 = flow.sde_coefficients(t, s, std)[1]
+    one, other = (flow.sde_mean(x_t, x0, t, s, std) for x0 in (x0_pred, x0_pred + change))
+    spread = std.expand(B, D)
+    expected = (c_0 * change).square() / (2 * std.square())
+    torch.testing.assert_close(flow.gaussian_kl(one, spread, other, spread), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_divergence_of_bernoullis_equals_torchs_and_is_zero_between_equals():
+    logits, other = 3 * randn(2, B, D)
+    bernoulli = torch.distributions.Bernoulli
+    expected = torch.distributions.kl_divergence(bernoulli(logits=logits), bernoulli(logits=other))
+    torch.testing.assert_close(flow.bernoulli_kl(logits, other), expected, atol=1e-5, rtol=1e-4)
+    assert (flow.bernoulli_kl(logits, logits) == 0).all()

@@ -9,6 +9,7 @@ import torch
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 
 from lerobot_pirl.config import PiRLTrainConfig
+from lerobot_pirl.options import VARIANT_OPTIONS, PiRLConfig
 from lerobot_pirl.policies.xvla import XVLAAdapter
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -33,9 +34,16 @@ def tiny_config(**algorithm) -> PiRLTrainConfig:
     return cfg
 
 
+def flow_noise_config(**algorithm) -> PiRLTrainConfig:
+    """Return the same run with learned noise, without the options that are about fixed noise."""
+    defaults = {name: getattr(PiRLConfig(), name) for name in VARIANT_OPTIONS["flow_sde"]}
+    return tiny_config(**{"variant": "flow_noise"} | defaults | algorithm)
+
+
 def tiny_adapter(**algorithm) -> XVLAAdapter:
     """Return an adapter of a random policy; the same weights every time."""
-    cfg = tiny_config(**algorithm)
+    make = flow_noise_config if algorithm.get("variant") == "flow_noise" else tiny_config
+    cfg = make(**algorithm)
     torch.manual_seed(0)
     adapter = XVLAAdapter(XVLAPolicy(cfg.policy), cfg)
     adapter.run_config = cfg

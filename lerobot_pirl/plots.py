@@ -140,6 +140,7 @@ def _curve(records: list[dict[str, Any]], name: str, window: int) -> dict[int, f
 
 
 def _draw_mean(axes: Any, curves: list[dict[int, float]]) -> None:
+    curves = [curve for curve in curves if curve]
     for curve in curves:
         style = "." if len(curve) == 1 else "-"
         axes.plot(list(curve), list(curve.values()), style, color="tab:gray", alpha=0.4, linewidth=0.8)
@@ -178,10 +179,13 @@ def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
     from matplotlib import pyplot
 
     size = (5 * columns, 4 * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True
+    )
     yield axes
     for each in axes.flat:
         each.set(xlabel="policy updates")
+        each.tick_params(labelbottom=True)
         if not each.collections and not any(len(line.get_xdata()) for line in each.lines):
             each.text(0.5, 0.5, "not in this log", ha="center", transform=each.transAxes)
         if each.get_legend_handles_labels()[0]:
@@ -217,7 +221,7 @@ def _draw_per_step(axes: Any, records: list[dict[str, Any]], name: str, log: boo
     for place, step in enumerate(steps if len(steps) > 1 else []):
         color = colormaps["viridis"](0.9 * place / (len(steps) - 1))
         axes.plot(*line(f"{name}_step{step}"), color=color, linewidth=1, label=f"step {step}")
-    axes.plot(*line(name), color="black", label="all")
+    axes.plot(*line(name), color="black", label="all" if len(steps) > 1 else None)
     axes.set(yscale="log" if log else "linear")
 
 

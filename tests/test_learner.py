@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -72,6 +73,123 @@ def test_an_iteration_updates_publishes_and_logs(learner):
     assert record["rollout/success_rate"] == pytest.approx(1 / EPISODES)
     parts = sum(record[f"time/{name}_s"] for name in ("env", "inference", "update", "transfer"))
     assert parts <= record["time/iteration_s"] + 1e-6
+
+
+def test_an_iteration_logs_how_far_it_moved_what_the_policy_does(learner):
+    deliver(learner)
+    learner.iterate()
+    # nothing moves without a step
+    learner.algorithm.config.learning_rate = 0.0
+    learner.algorithm.make_optimizers_and_scheduler()
+    deliver(learner)
+    learner.iterate()
+    moved, still = [record["train/action_change_mm"] for record in records(learner)]
+    assert moved > 1e-3
+    assert still == 0.0
+
+
+def test_episodes_that_are_not_used_are_counted_once(learner):
+    deliver(learner, session="former")
+    deliver(learner)
+    learner.iterate()
+    deliver(learner)
+    learner.iterate()
+    assert [record["rollout/episodes_dropped"] for record in records(learner)] == [EPISODES, 0]
+
+
+def test_rollouts_that_came_with_an_evaluation_and_too_late_are_counted(learner):
+    learner.cfg.env_eval_freq = 1
+    for _ in range(2):
+        deliver(learner)
+    evaluated(learner, [True])
+    learner.evaluate()
+    learner.iterate()
+    deliver(learner)
+    evaluated(learner, [True])
+    learner.evaluate()
+    learner.iterate()
+    counted = [r["rollout/episodes_dropped"] for r in records(learner) if "episodes" in r]
+    assert counted == [0, EPISODES]
+
+
+# what goes wrong, in words
+
+
+SENTENCE = "a ratio is 0.500 off 1; see docs/tuning.md, Ratio off 1"
+
+
+@pytest.fixture
+def sick(learner, monkeypatch):
+    """A learner of which every update finds other probabilities than the actor's."""
+    update = learner.algorithm.update
+
+    def off(batches):
+        stats = update(batches)
+        stats.extra["ratio_max_dev_first"] = 0.5
+        return stats
+
+    monkeypatch.setattr(learner.algorithm, "update", off)
+    return learner
+
+
+def test_what_looks_wrong_is_told_once_and_at_the_end_with_its_updates(sick, caplog):
+    for version in range(2):
+        deliver(sick, version=version)
+    with caplog.at_level(logging.WARNING):
+        sick.run()
+    told = [r.message for r in caplog.records if SENTENCE in r.message]
+    assert told == [
+        f"the learner does not find the actor's probabilities: before the first step {SENTENCE}",
+        f"update 1 to 2: the learner does not find the actor's probabilities: before the first step {SENTENCE}",
+    ]
+
+
+def test_an_evaluation_that_fell_is_told(learner, caplog):
+    learner.cfg.env_eval_freq = 1
+    evaluated(learner, [True] * 16)
+    learner.evaluate()
+    deliver(learner)
+    learner.iterate()
+    evaluated(learner, [True, False] * 8)
+    with caplog.at_level(logging.WARNING):
+        learner.evaluate()
+    assert "50% of policy 1, 50 points below the 100% of policy 0" in caplog.text
+    assert [r["eval/episodes"] for r in records(learner) if "eval/episodes" in r] == [16, 16]
+
+
+def test_a_resume_remembers_what_was_told_before(sick, caplog):
+    deliver(sick)
+    sick.iterate()
+    sick.saver.save()
+    sick.lock.close()
+    sick.server.close()
+    cfg = copy.deepcopy(sick.cfg)
+    cfg.resume, cfg.checkpoint_path = True, cfg.output_dir / "checkpoints" / "000001"
+    cfg.policy.pretrained_path = cfg.checkpoint_path / "pretrained_model"
+    caplog.clear()
+    again = Learner(cfg)
+    again.server.close()
+    with caplog.at_level(logging.WARNING):
+        again._warn(records(sick)[0] | {"iteration": 2})
+    assert SENTENCE not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        again._warn(records(sick)[0] | {"iteration": 30})
+    assert SENTENCE in caplog.text
+
+
+def test_every_number_that_the_documentation_explains_is_logged(learner):
+    tuning = (Path(__file__).parent.parent / "docs/tuning.md").read_text()
+    named = set(re.findall(r"`((?:train|rollout|eval|time)/\w+)`", tuning))
+    learner.cfg.env_eval_freq = 1
+    evaluated(learner, [True])
+    learner.evaluate()
+    deliver(learner)
+    learner.iterate()
+    logged = {name for record in records(learner) for name in record}
+    # other kinds of runs have these
+    others = {"groups_kept", "kl_to_start", "entropy", "noise_std_position_step0"}
+    assert named - logged == {f"train/{name}" for name in others}
+    assert len(named) > 20
 
 
 def test_the_last_weights_are_not_to_be_collected_with(learner):

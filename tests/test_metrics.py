@@ -552,6 +552,16 @@ def test_runs_without_evaluations_have_one_picture_together(tmp_path, monkeypatc
     assert axes.get_title() == "Success with noise"
 
 
+def test_a_run_without_evaluations_does_not_hide_the_mean_of_the_others(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    for name, evaluations in {"a": {0: 0.2, 2: 0.6}, "b": {0: 0.4, 2: 0.4}, "c": {}}.items():
+        write_run(tmp_path / name, [0.2, 0.4], evaluations)
+    plot_together([tmp_path / name for name in "abc"], tmp_path / "together.png")
+    mean = figures[-1].axes[1].lines[-1]
+    assert mean.get_label() == "mean of 2 runs, 95 % interval"
+    assert list(mean.get_ydata()) == pytest.approx([30, 50])
+
+
 def test_long_runs_are_smoothed_together(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     for name in ("a", "b"):
@@ -630,6 +640,16 @@ def test_plot_command_draws_every_run_and_names_the_one_it_cannot(tmp_path, caps
     captured = capsys.readouterr()
     assert "metrics.jsonl is missing" in captured.err
     assert "over 2 updates" in captured.out
+
+
+def test_plot_command_says_what_looks_wrong(tmp_path, capsys):
+    log = log_of(tmp_path)
+    log.write(record(1) | {"train/ratio_max_dev_first": 0.5})
+    log.write(record(2))
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    _, warning = capsys.readouterr().out.splitlines()
+    assert warning.startswith("  update 1: the learner does not find the actor's probabilities")
+    assert warning.endswith("; see docs/tuning.md, Ratio off 1")
 
 
 @pytest.mark.parametrize(("text", "words"), [("", "is empty"), ('{"iteration": 1}\n{"it', "line 2 of")])

@@ -33,7 +33,7 @@ from lerobot_pirl.metadata import MetadataMismatch, config_hash, make_metadata
 from lerobot_pirl.policies.xvla import XVLAAdapter
 from lerobot_pirl.restore import CheckpointError
 from tests.test_algorithm import make_rollout, snapshot
-from tests.toy import read_json, tiny_config
+from tests.toy import flow_noise_config, read_json, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -93,7 +93,7 @@ class Run:
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything that an update or a load may change."""
         state = {f"policy.{name}": value for name, value in snapshot(self.algorithm.policy).items()}
-        state |= {f"value.{name}": value for name, value in snapshot(self.algorithm.value_head).items()}
+        state |= {f"algorithm.{name}": value.clone() for name, value in self.algorithm.state_dict().items()}
         for index, moments in self.algorithm.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": value.clone() for name, value in moments.items()}
         groups = self.algorithm.optimizer.param_groups
@@ -118,8 +118,9 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
     return (one.keys() ^ other.keys()) | {name for name in common if not torch.equal(one[name], other[name])}
 
 
-def new_run(output_dir: Path, dtype: str = "float32") -> Run:
-    cfg = tiny_config(**OPTIONS)
+def new_run(output_dir: Path, dtype: str = "float32", **algorithm) -> Run:
+    make = flow_noise_config if algorithm.get("variant") == "flow_noise" else tiny_config
+    cfg = make(**OPTIONS | algorithm)
     cfg.output_dir, cfg.policy.dtype = output_dir, dtype
     # as a validated config has it
     cfg.eval.batch_size = 0
@@ -298,9 +299,18 @@ def test_a_lerobot_without_this_package_loads_the_policy_and_acts_alike(run, sav
 # continuing
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_continues_bit_for_bit(dtype, tmp_path, monkeypatch):
-    whole = new_run(tmp_path / "run", dtype)
+@pytest.mark.parametrize(
+    ("dtype", "algorithm"),
+    [
+        ("float32", {}),
+        ("bfloat16", {}),
+        ("float32", {"kl_coef": 1e-3}),
+        ("float32", {"variant": "flow_noise", "kl_coef": 1e-3, "gripper": "bernoulli_last"}),
+        ("bfloat16", {"variant": "flow_noise"}),
+    ],
+)
+def test_a_resumed_run_continues_bit_for_bit(dtype, algorithm, tmp_path, monkeypatch):
+    whole = new_run(tmp_path / "run", dtype, **algorithm)
     whole.update(seed=0)
     folder = whole.save()
     at_save = whole.state()
@@ -318,6 +328,58 @@ def test_a_resumed_run_continues_bit_for_bit(dtype, tmp_path, monkeypatch):
     moved = differing(at_save, results[0][1])
     assert any(name.startswith("policy.") for name in moved)
     assert any(name.startswith("optimizer.") for name in moved)
+
+
+def test_the_starting_policy_of_a_resumed_run_is_the_runs(tmp_path, monkeypatch):
+    whole = new_run(tmp_path / "run", variant="flow_noise", kl_coef=1e-3)
+    before = {name: value.clone() for name, value in whole.algorithm.get_weights().items()}
+    whole.update(seed=0)
+    resumed = resumed_run(whole.save(), monkeypatch)
+    resumed.load(resumed.cfg.checkpoint_path)
+    assert differing(resumed.algorithm.start, before) == set()
+    assert differing(resumed.algorithm.get_weights(), before)
+
+
+def test_heads_and_starting_policy_are_saved_apart_from_the_policy(tmp_path):
+    one = new_run(tmp_path / "run", variant="flow_noise", kl_coef=1e-3)
+    folder = one.save(step=1)
+    stock = set(load_file(folder / "pretrained_model/model.safetensors"))
+    assert not {name for name in stock if "noise_head" in name or "start." in name}
+    saved = load_file(folder / "algorithm/model.safetensors")
+    assert differing(saved, one.algorithm.state_dict()) == set()
+    assert {f"start.{name}" for name in one.algorithm.get_weights()} < set(saved)
+
+
+def test_a_run_of_the_other_variant_is_refused_with_both_sides(saved, tmp_path):
+    other = new_run(tmp_path, variant="flow_noise")
+    before = other.state()
+    with pytest.raises(MetadataMismatch) as caught:
+        other.load(saved)
+    assert re.search(r"variant +flow_sde +flow_noise\n", str(caught.value))
+    assert re.search(r"algorithm.variant +\"flow_sde\" +\"flow_noise\"\n", str(caught.value))
+    assert differing(other.state(), before) == set()
+
+
+def test_a_penalty_cannot_be_turned_on_without_the_starting_policy(saved, monkeypatch):
+    one = resumed_run(saved, monkeypatch, "--algorithm.kl_coef=0.01")
+    before = one.state()
+    with pytest.raises(
+        CheckpointError, match=r"algorithm\.kl_coef=0\.01 needs the starting policy, which .* does not"
+    ):
+        one.load(saved, "algorithm.kl_coef")
+    assert differing(one.state(), before) == set()
+
+
+def test_a_penalty_can_be_changed_and_turned_off(tmp_path, monkeypatch):
+    whole = new_run(tmp_path / "run", kl_coef=1e-3)
+    whole.update(seed=0)
+    folder = whole.save()
+    stronger = resumed_run(folder, monkeypatch, "--algorithm.kl_coef=0.1")
+    stronger.load(folder, "algorithm.kl_coef")
+    assert differing(stronger.algorithm.start, whole.algorithm.start) == set()
+    without = resumed_run(folder, monkeypatch, "--algorithm.kl_coef=0")
+    without.load(folder, "algorithm.kl_coef")
+    assert without.algorithm.start == {}
 
 
 def test_overrides_on_the_command_line_win_and_are_logged(saved, monkeypatch, caplog):

@@ -1,11 +1,14 @@
 """Learner and actor as two real processes, started with LeRobot's own commands and one config."""
 
+import json
 import re
 import time
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.terminals import Run, end_well, running
+from lerobot_pirl.options import VARIANT_OPTIONS
+from tests.terminals import TABLETOP, Run, end_well, running
 from tests.toy import read_json
 
 pytestmark = pytest.mark.e2e
@@ -46,6 +49,30 @@ def test_two_terminals_train_refuse_a_stranger_and_meet_a_restarted_actor(run):
     assert (config["type"], config["num_denoising_steps"], config["n_action_steps"]) == ("xvla", 4, 5)
     assert "policy version 4 applied" in actor.text()
     assert (run.output_dir / "learning_curve.png").stat().st_size > 1000
+
+
+def test_learned_noise_trains_is_saved_and_resumed(tmp_path):
+    raw = read_json(TABLETOP)
+    for name in VARIANT_OPTIONS["flow_sde"]:
+        raw["algorithm"].pop(name, None)
+    raw["algorithm"] |= {"variant": "flow_noise", "gripper": "bernoulli_last", "kl_coef": 1e-4}
+    raw["algorithm"] |= {"noise_std_position": [0.04, 0.12], "noise_std_rotation": [0.2, 0.8]}
+    config = tmp_path / "flow_noise.json"
+    config.write_text(json.dumps(raw))
+    with running(Run(tmp_path, config)) as run:
+        end_well(*run.start_both("--steps=2"))
+        end_well(*run.resume_both("--steps=3"))
+        first, *_, last = run.metrics()
+        assert [r["iteration"] for r in run.metrics()] == [1, 2, 3]
+        assert all(r["train/ratio_max_dev_first"] < 1e-3 for r in run.metrics())
+        assert first["train/kl_to_start"] == pytest.approx(0, abs=1e-5) and last["train/kl_to_start"] > 0
+        for k in range(4):
+            assert 0.04 < last[f"train/noise_std_position_step{k}"] < 0.12
+            assert f"train/approx_kl_step{k}" in last
+        saved = load_file(run.checkpoint(3) / "algorithm/model.safetensors")
+        assert {name.partition(".")[0] for name in saved} == {"value_head", "noise_head", "start"}
+        stock = load_file(run.checkpoint(3) / "pretrained_model/model.safetensors")
+        assert not [name for name in stock if "noise_head" in name]
 
 
 def test_ctrl_c_ends_both_leaves_a_checkpoint_and_a_resume_goes_on(run):

@@ -123,9 +123,9 @@ NOT_YET = {
     "noise that costs a bit": [evaluation(0, 0.7), *updates(10)],
     "noise in a policy that hardly succeeds": [
         evaluation(0, 0.09),
-        *updates(9, **{"rollout/success_rate": 0.05}),
+        *updates(4, **{"rollout/success_rate": 0.04}),
     ],
-    "an evaluation long ago": [evaluation(0, 0.9), *updates(30)][:1] + updates(30)[10:],
+    "an evaluation long ago": [evaluation(0, 0.9), *updates(30)[10:]],
     "late stops": updates(30, **{"train/kl_stop": 1.0, "train/minibatches": 3.0}),
     "two minibatches and no stop": updates(30, **{"train/minibatches": 2.0}),
     "few early stops": [

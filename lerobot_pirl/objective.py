@@ -58,7 +58,8 @@ def policy_objective(
     step_weight = step_weights[data["step_index"]].mean(dim=1)
     policy_sum = (surrogate * step_weight * data["weights"]).sum()
     loss = policy_sum
-    samples = _ratio_diagnostics(step_log_ratio.detach(), config) | {"step_index": data["step_index"]}
+    samples = _ratio_diagnostics(log_ratio.detach(), step_log_ratio.detach(), config.clip_range)
+    samples["step_index"] = data["step_index"]
     head = noise_head(adapter)
     if head is not None:
         entropy = flow.mean_entropy(drawn_from.std)
@@ -75,17 +76,16 @@ def policy_objective(
     return loss, {"policy_loss": policy_sum.detach()}, samples
 
 
-def _ratio_diagnostics(step_log_ratio: Tensor, config: PiRLConfig) -> Samples:
+def _ratio_diagnostics(log_ratio: Tensor, step_log_ratio: Tensor, clip_range: float) -> Samples:
     """Return KL and clipping of whole decisions ``[B]`` and of their steps, each by its own ratio, ``[B, S]``."""
-    log_ratio = step_log_ratio.sum(dim=1)
     ratio = log_ratio.exp()
     return {
         "kl": ppo.approx_kl(log_ratio),
         "kl_k1": -log_ratio,
-        "clipped": ppo.clip_fraction(ratio, config.clip_range),
+        "clipped": ppo.clip_fraction(ratio, clip_range),
         "ratio": ratio,
         "step_kl": ppo.approx_kl(step_log_ratio),
-        "step_clipped": ppo.clip_fraction(step_log_ratio.exp(), config.clip_range),
+        "step_clipped": ppo.clip_fraction(step_log_ratio.exp(), clip_range),
     }
 
 

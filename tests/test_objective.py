@@ -43,14 +43,14 @@ def move(algorithm: PiRLAlgorithm, size: float = 1e-3) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def objective(algorithm: PiRLAlgorithm, rollout: Rollout, **changes):
+def objective(algorithm: PiRLAlgorithm, rollout: Rollout, advantage: float = 0.0, **changes):
     data = {
         "chain": rollout.chain,
         "step_index": rollout.step_index,
         "gripper": rollout.gripper,
         "old_log_prob": rollout.log_prob,
         "weights": torch.ones(len(rollout)),
-        "advantages": torch.zeros(len(rollout)),
+        "advantages": torch.full((len(rollout),), advantage),
     }
     if algorithm.start:
         data |= algorithm._start_distributions(rollout.features, data, 1.0)
@@ -83,8 +83,10 @@ def test_the_ratio_is_the_product_of_its_steps_and_each_step_has_its_own_diverge
     rollout = make_rollout(algorithm.adapter)
     move(algorithm, 1e-5)
     steps = distributions(algorithm, rollout)[0] - rollout.log_prob
-    _, _, samples = objective(algorithm, rollout)
-    torch.testing.assert_close(samples["ratio"], steps.exp().prod(dim=1), rtol=1e-4, atol=1e-5)
+    ratio = steps.exp().prod(dim=1)
+    _, sums, samples = objective(algorithm, rollout, advantage=1.0)
+    torch.testing.assert_close(samples["ratio"], ratio, rtol=1e-3, atol=1e-4)
+    assert float(sums["policy_loss"]) == pytest.approx(-float(ratio.clamp(max=1.2).sum()), rel=1e-3)
     torch.testing.assert_close(samples["step_kl"], ppo.approx_kl(steps), rtol=1e-3, atol=1e-6)
     assert (steps.abs() > 1e-5).all()
 

@@ -16,6 +16,7 @@ from lerobot_pirl.build import make_adapter
 from lerobot_pirl.collector import Collector, Episode, EpisodeSpec, episode_specs
 from lerobot_pirl.config import PiRLTrainConfig
 from lerobot_pirl.envs import make_chunk_envs
+from lerobot_pirl.envs.chunk import num_init_states, task_ids
 from lerobot_pirl.evaluate import Evaluation, evaluate, evaluation_episode, evaluation_specs
 from lerobot_pirl.policies.base import native_actions
 from lerobot_pirl.policies.xvla import GRIPPER
@@ -23,7 +24,7 @@ from lerobot_pirl.rollout import derive_seed
 from lerobot_pirl.wire import Message, decode, encode
 from tests.installs import REPO, check_run
 from tests.test_collector import LIMIT, GoalAdapter, assert_equal, logged_envs, specs
-from tests.toy import CONFIGS, read_json, tiny_adapter
+from tests.toy import CONFIGS, read_json, tiny_adapter, tiny_config
 
 SEED = 1000
 
@@ -44,6 +45,16 @@ def test_the_set_is_the_start_of_the_walk_and_covers_tasks_before_initial_states
     walk = evaluation_specs(num_init_states, 5)
     assert walk == episode_specs(num_init_states, 0, 5)
     assert [(spec.task_id, spec.init_state_id) for spec in walk] == [(2, 0), (5, 0), (2, 1), (5, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_fifty_episodes_start_from_each_of_a_tasks_fifty_initial_states_once(n_envs):
+    cfg = tiny_config().env
+    log: list[list] = []
+    walk = evaluation_specs({task: num_init_states(cfg, task) for task in task_ids(cfg)}, 50)
+    evaluation = evaluate(Collector(logged_envs(n_envs, log), GoalAdapter(), 0.5, 7), walk)
+    assert sorted(episode.start for slot in log for episode in slot) == list(range(50))
+    assert evaluation.init_state_id.tolist() == list(range(50))
 
 
 @pytest.mark.parametrize("n_envs", [1, 2, 4])

@@ -267,3 +267,15 @@ def test_a_gradient_that_is_not_finite_skips_the_step_although_the_losses_are(po
     handle.remove()
     assert update(algorithm, make_rollout(algorithm.adapter))["skipped_steps"] == 1
     assert changed(policy, algorithm.policy) and changed(value, algorithm.value_head)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_although_the_gradients_are():
+    algorithm = make_algorithm(minibatch_size=64, critic_warmup_iterations=1, normalize_advantage=False)
+    rollout = make_rollout(algorithm.adapter)
+    # far from the return the value loss is a straight line, also infinitely far
+    rollout.rewards[-1] = math.inf
+    value = snapshot(algorithm.value_head)
+    stats = update(algorithm, rollout)
+    assert math.isinf(stats["value_loss"]) and math.isfinite(stats["value_grad_norm"])
+    assert stats["skipped_steps"] == 1
+    assert not changed(value, algorithm.value_head)

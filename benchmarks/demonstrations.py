@@ -99,10 +99,16 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), default="reach")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hold", type=int, default=5)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images in pixels")
+    parser.add_argument("--hold", type=int, default=5, help="frames after the success")
     arguments = parser.parse_args()
-    env = TabletopTask(arguments.task, init_states=False)
-    shape = env.observation_space["pixels"]["image"].shape[:2]
+    env = TabletopTask(
+        arguments.task,
+        observation_height=arguments.size,
+        observation_width=arguments.size,
+        init_states=False,
+    )
+    shape = (arguments.size, arguments.size)
     dataset = make_dataset(arguments.folder, shape, env.metadata["render_fps"])
     for number in range(arguments.episodes):
         # far from the seeds of any run: no demonstration shows an initial state of an evaluation

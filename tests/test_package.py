@@ -93,7 +93,7 @@ def test_the_metadata_names_what_it_needs(archive):
     assert metadata["Version"] == lerobot_pirl.__version__
     assert metadata["Requires-Python"] == ">=3.12"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"libero", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"libero", "tensorboard", "test"}
     requirements = metadata.get_all("Requires-Dist")
     (lerobot,) = [line for line in requirements if line.startswith("lerobot[") and "extra ==" not in line]
     assert lerobot.endswith("<0.7,>=0.6.1")

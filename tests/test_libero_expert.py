@@ -1,0 +1,238 @@
+"""The scripted expert of LIBERO: what it commands, that it succeeds, and where else episodes can start."""
+
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.xvla.processor_xvla import XVLARotation6DToAxisAngleProcessorStep
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
+
+from benchmarks.libero_expert import (
+    TASKS,
+    drawn_init_states,
+    expert_action,
+    make_env,
+    run_episode,
+    simulator,
+)
+from lerobot_pirl.envs.check import check_libero
+
+pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
+
+BOWL_ON_PLATE = TASKS["bowl_on_plate"]
+DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def usable() -> None:
+    """Skip everything here where LIBERO is not usable, and say why."""
+    for name, well, detail in check_libero():
+        if not well:
+            pytest.skip(f"{name}: {detail}")
+
+
+@pytest.fixture(scope="module")
+def env(usable):
+    env = make_env(BOWL_ON_PLATE)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def start(env, init_state_id: int) -> dict:
+    env.init_state_id = init_state_id
+    observation = env.reset(seed=init_state_id)[0]
+    env.render_enabled = False
+    return observation
+
+
+def body(env, name: str) -> np.ndarray:
+    return np.array(simulator(env).data.get_body_xpos(name))
+
+
+def play(env, steps: int) -> dict:
+    for _ in range(steps):
+        observation = env.step(expert_action(BOWL_ON_PLATE, env))[0]
+    return observation["robot_state"]
+
+
+# --- what it commands -----------------------------------------------------------------------------------------
+
+
+def test_a_command_is_an_absolute_pose_within_the_lead(env):
+    eef = start(env, 3)["robot_state"]["eef"]
+    action = expert_action(BOWL_ON_PLATE, env)
+    assert action.shape == (7,)
+    assert action.dtype == np.float32
+    way = action[:3] - eef["pos"]
+    assert np.linalg.norm(way[:2]) == pytest.approx(BOWL_ON_PLATE.lead, abs=1e-4)
+    assert way[2] == pytest.approx(-BOWL_ON_PLATE.lead_z, abs=1e-4)
+    assert np.dot(way[:2], body(env, BOWL_ON_PLATE.item)[:2] - eef["pos"][:2]) > 0
+    assert action[6] == -1.0
+
+
+def test_a_command_depends_on_the_state_alone(env):
+    start(env, 3)
+    sim = simulator(env)
+    sim.forward()  # a step leaves the poses where they were before its last substep
+    state, first = sim.get_state().flatten(), expert_action(BOWL_ON_PLATE, env)
+    play(env, 22)  # the bowl is held now
+    assert expert_action(BOWL_ON_PLATE, env)[6] != first[6]
+    sim.set_state_from_flattened(state)
+    sim.forward()
+    np.testing.assert_array_equal(expert_action(BOWL_ON_PLATE, env), first)
+
+
+def test_a_command_comes_back_from_the_policy_s_own_conversion(env):
+    """Of the rotation the policy learns the first two columns, and of the gripper 1 for closed."""
+    start(env, 3)
+    action = expert_action(BOWL_ON_PLATE, env)
+    learnt = np.concatenate([action[:3], DOWN[:, 0], DOWN[:, 1], [0.0], np.zeros(10)]).astype(np.float32)
+    convert = PolicyProcessorPipeline(
+        steps=[XVLARotation6DToAxisAngleProcessorStep()],
+        to_transition=policy_action_to_transition,
+        to_output=transition_to_policy_action,
+    )
+    executed = convert(torch.from_numpy(learnt)[None])[0].numpy()
+    np.testing.assert_allclose(executed[[0, 1, 2, 6]], action[[0, 1, 2, 6]], atol=1e-6)
+    # half a turn about an axis and about its opposite are the same
+    np.testing.assert_allclose(executed[3:6] * np.sign(executed[3]), action[3:6], atol=1e-3)
+
+
+def test_the_hand_gets_to_the_commanded_pose_and_stays_there(env):
+    start(env, 3)
+    command = expert_action(BOWL_ON_PLATE, env)
+    for _ in range(40):
+        observation = env.step(command)[0]
+    eef = observation["robot_state"]["eef"]
+    np.testing.assert_allclose(eef["pos"], command[:3], atol=2e-3)
+    np.testing.assert_allclose(eef["mat"], DOWN, atol=0.01)
+
+
+def test_fingers_close_at_the_rim_and_the_bowl_then_leaves_the_table(env):
+    start(env, 5)
+    lying = body(env, BOWL_ON_PLATE.item)[2]
+    assert lying == pytest.approx(BOWL_ON_PLATE.rest_z, abs=2e-3)
+    grippers = []
+    for _ in range(24):
+        action = expert_action(BOWL_ON_PLATE, env)
+        grippers.append(action[6])
+        env.step(action)
+    assert body(env, BOWL_ON_PLATE.item)[2] > lying + 0.02
+    # one change from open to closed
+    assert np.flatnonzero(np.diff(grippers)).size == 1
+    assert (grippers[0], grippers[-1]) == (-1.0, 1.0)
+
+
+def test_a_bowl_that_is_lost_on_the_way_is_fetched_again(env):
+    start(env, 5)
+    play(env, 24)
+    sim = simulator(env)
+    address = sim.model.get_joint_qpos_addr("akita_black_bowl_1_joint0")[0]
+    sim.data.qpos[address : address + 3] = [-0.12, 0.03, BOWL_ON_PLATE.rest_z]
+    sim.forward()
+    action = expert_action(BOWL_ON_PLATE, env)
+    hand = sim.data.get_site_xpos("gripper0_grip_site")
+    assert action[6] == -1.0
+    assert np.dot((action[:3] - hand)[:2], body(env, BOWL_ON_PLATE.item)[:2] - hand[:2]) > 0
+    for _ in range(60):
+        success = env.step(expert_action(BOWL_ON_PLATE, env))[4]["is_success"]
+        if success:
+            break
+    assert success
+
+
+def test_fingers_closed_above_the_bowl_are_opened_first(env):
+    start(env, 5)
+    command = expert_action(BOWL_ON_PLATE, env)
+    command[:3] = body(env, BOWL_ON_PLATE.item) + BOWL_ON_PLATE.grasp + [0.0, 0.0, 0.12]
+    command[6] = 1.0
+    for _ in range(25):
+        opening = env.step(command)[0]["robot_state"]["gripper"]["qpos"] @ [1.0, -1.0]
+    assert opening < BOWL_ON_PLATE.held_opening
+    assert expert_action(BOWL_ON_PLATE, env)[6] == -1.0
+
+
+# --- that it succeeds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init_state_id", [0, 17, 42])
+def test_the_bowl_gets_onto_the_plate(env, init_state_id):
+    success, steps = run_episode(BOWL_ON_PLATE, env, init_state_id, seed=init_state_id)
+    assert success
+    assert steps <= 40
+
+
+def test_the_plate_is_left_where_it_is(env):
+    """A bowl that is carried off before it is high enough shoves the plate ahead."""
+    start(env, 0)
+    before = body(env, BOWL_ON_PLATE.goal)
+    play(env, 29)
+    assert np.linalg.norm(body(env, BOWL_ON_PLATE.goal) - before) < 2e-3
+
+
+def test_it_copes_with_a_centimetre_of_noise(env):
+    assert run_episode(BOWL_ON_PLATE, env, 8, noise=0.01, seed=8)[0]
+
+
+def test_the_bowl_gets_onto_the_stove(usable):
+    task = TASKS["bowl_on_stove"]
+    env = make_env(task)
+    try:
+        success, steps = run_episode(task, env, 11, seed=11)
+    finally:
+        env.close()
+    assert success
+    assert steps <= 45
+
+
+def test_an_episode_without_success_ends_at_the_step_limit(env, monkeypatch):
+    monkeypatch.setattr("benchmarks.libero_expert.MAX_STEPS", 4)
+    assert run_episode(BOWL_ON_PLATE, env, 0) == (False, 4)
+
+
+# --- other places to start ------------------------------------------------------------------------------------
+
+
+def object_places(env, states: np.ndarray) -> np.ndarray:
+    """x and y of all objects, ``[states, 2 x objects]``."""
+    joints = ("akita_black_bowl_1", "cream_cheese_1", "wine_bottle_1", "plate_1")
+    addresses = [simulator(env).model.get_joint_qpos_addr(f"{name}_joint0")[0] for name in joints]
+    return np.concatenate([states[:, 1 + address : 3 + address] for address in addresses], axis=1)
+
+
+def test_drawn_states_are_new_and_lie_where_the_own_ones_do(env):
+    own = env._init_states
+    drawn = drawn_init_states(env, 200, seed=1)
+    assert drawn.shape == (200, own.shape[1])
+    ours, theirs = object_places(env, drawn), object_places(env, own)
+    assert (ours >= theirs.min(axis=0)).all()
+    assert (ours <= theirs.max(axis=0)).all()
+    # of the whole rectangle, and nowhere the same as one of the task's own
+    assert (np.ptp(ours, axis=0) > 0.9 * np.ptp(theirs, axis=0)).all()
+    assert not (ours[:, None] == theirs[None]).all(axis=2).any()
+    # heights, turns and the arm are those of own states
+    changed = np.ones(own.shape[1], dtype=bool)
+    for address in (9, 16, 23, 30):
+        changed[1 + address : 3 + address] = False
+    kept = {row.tobytes() for row in own[:, changed]}
+    assert all(row.tobytes() in kept for row in drawn[:, changed])
+
+
+def test_wider_rectangles_and_seeds_give_other_states(env):
+    drawn = drawn_init_states(env, 200, seed=1)
+    np.testing.assert_array_equal(drawn_init_states(env, 200, seed=1), drawn)
+    assert not np.array_equal(drawn_init_states(env, 200, seed=2), drawn)
+    spread = np.ptp(object_places(env, drawn), axis=0)
+    wide = np.ptp(object_places(env, drawn_init_states(env, 200, seed=1, widen=2.0)), axis=0)
+    np.testing.assert_allclose(wide, 2 * spread, rtol=1e-9)
+
+
+def test_a_drawn_state_is_where_the_episode_starts(env, monkeypatch):
+    drawn = drawn_init_states(env, 2, seed=4)
+    monkeypatch.setattr(env, "_init_states", drawn)
+    start(env, 1)
+    places = object_places(env, drawn[1:])[0]
+    np.testing.assert_allclose(body(env, "akita_black_bowl_1_main")[:2], places[:2], atol=2e-3)
+    np.testing.assert_allclose(body(env, "plate_1_main")[:2], places[-2:], atol=2e-3)
+    assert run_episode(BOWL_ON_PLATE, env, 1, seed=4)[0]

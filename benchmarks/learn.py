@@ -1,0 +1,390 @@
+"""From a few demonstrations to a policy that masters its task, with LeRobot's own commands, and the controls.
+
+A scripted expert records demonstrations, ``lerobot-train`` fits a tiny X-VLA, ``lerobot-pirl prepare`` makes it act in
+environments, LeRobot's learner and actor improve it under this recipe, and ``lerobot-eval`` measures before and after
+without any exploration. What is finished is not done again, what was interrupted goes on from its last checkpoint.
+
+    python -m benchmarks.learn [--folder outputs/learn] [--only NAME ...] [--jobs 2] [--write]
+
+Names are shell patterns of runs, such as ``pickup-flow_sde-*``; ``--write`` puts figures and curves where
+``docs/results.md`` shows them.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lerobot_pirl.plots import plot_run, plot_together
+from tests.smoke import free_port, versions
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "benchmarks" / "configs"
+RESULT = ROOT / "benchmarks" / "results" / "learn_tabletop.json"
+PICTURES = ROOT / "docs" / "pictures"
+EVAL_EPISODES = 200
+INIT_STATES = 50
+IMAGE_SIZE = 32
+SEEDS = (1, 2, 3)
+VARIANTS = ("flow_sde", "flow_noise")
+# two-sided 95 % quantile of Student's t for 3 seeds
+T95 = {2: 12.706, 3: 4.303, 5: 2.776}
+STATUS_S = 60
+SHUFFLED = (
+    "from benchmarks import learn; learn.shuffle_advantages(); from lerobot_pirl.learner import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and what its starting policy is made of."""
+
+    name: str
+    demonstrations: int
+    train_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the recipe.
+
+    Attributes:
+        task: name of the task.
+        kind: what runs of several seeds have in common.
+        seed: seed of the run.
+        options: beyond those of the config.
+        learner: what to start the learner with.
+    """
+
+    task: str
+    kind: str
+    seed: int
+    options: tuple[str, ...] = ()
+    learner: tuple[str, ...] = ("-m", "lerobot.rl.learner")
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its folder."""
+        return f"{self.task}-{self.kind}-{self.seed}"
+
+
+TASKS = {task.name: task for task in (Task("reach", 6, 120), Task("pickup", 20, 350))}
+ANNOTATIONS = {
+    "flow_sde": "Flow-SDE",
+    "flow_noise": "Flow-Noise",
+    "rate_zero": "learning rate 0",
+    "shuffled": "advantages shuffled",
+    "noise_off": "no exploration",
+    "exclude": "gripper never explored",
+    "grpo": "GRPO in place of GAE",
+}
+
+
+def config(task: str, variant: str) -> str:
+    """Return the option that names a run's config."""
+    return f"--config_path={CONFIGS / f'{task}_{variant}.json'}"
+
+
+def all_runs() -> list[Run]:
+    """Return the runs of the report: every task with every variant and seed, then the controls."""
+    runs = [
+        Run(task, variant, seed, (config(task, variant),))
+        for task in TASKS
+        for variant in VARIANTS
+        for seed in SEEDS
+    ]
+    sde = config("pickup", "flow_sde")
+    quiet = ("--algorithm.last_step_std_position=1e-5", "--algorithm.last_step_std_rotation=1e-5")
+    for seed in SEEDS:
+        runs += [
+            Run("pickup", "rate_zero", seed, (sde, "--algorithm.learning_rate=0")),
+            Run("pickup", "shuffled", seed, (sde,), ("-c", SHUFFLED)),
+            Run("pickup", "noise_off", seed, (sde, *quiet, "--algorithm.gripper=exclude")),
+            Run("pickup", "exclude", seed, (sde, "--algorithm.gripper=exclude")),
+            Run("pickup", "grpo", seed, (config("pickup", "grpo"),)),
+        ]
+    return runs
+
+
+def shuffle_advantages() -> None:
+    """Let the learner of this process give every advantage to another chunk."""
+    import torch
+
+    from lerobot_pirl import ppo
+
+    normalize = ppo.normalize_advantages
+    ppo.normalize_advantages = lambda advantages: normalize(advantages)[torch.randperm(len(advantages))]
+
+
+@dataclass
+class Bench:
+    """A folder with everything that is made on the way.
+
+    Attributes:
+        folder: where it goes.
+        commands: name -> command line as a user types it.
+    """
+
+    folder: Path
+    commands: dict[str, str] = field(default_factory=dict)
+
+    def command(self, name: str, words: Iterable[Any]) -> None:
+        """Run a command, its output in ``<name>.log``; raises RuntimeError when it fails."""
+        words = [str(word) for word in words]
+        self.commands[name] = shlex.join(["python" if word == sys.executable else word for word in words])
+        log = self.folder / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as file:
+            done = subprocess.run(
+                words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, check=False
+            )
+        if done.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(
+                f"{name} exits with status {done.returncode}, {log} ends with: {' '.join(last)}"
+            )
+
+    def start(self, task: Task) -> Path:
+        """Return the starting policy of a task: demonstrations, LeRobot's training, preparation."""
+        demos, trained, start = (
+            self.folder / part / task.name for part in ("demonstrations", "trained", "start")
+        )
+        if start.exists():
+            return start
+        for folder in (demos, trained):
+            shutil.rmtree(folder, ignore_errors=True)
+        show(f"{task.name}: {task.demonstrations} demonstrations")
+        words = [sys.executable, "-m", "benchmarks.demonstrations", demos, f"--task={task.name}"]
+        self.command(
+            f"{task.name}-record", [*words, f"--episodes={task.demonstrations}", f"--size={IMAGE_SIZE}"]
+        )
+        show(f"{task.name}: lerobot-train, {task.train_steps} steps")
+        options = [
+            f"--config_path={CONFIGS / 'train.json'}",
+            f"--dataset.root={demos}",
+            f"--output_dir={trained}",
+            f"--steps={task.train_steps}",
+            f"--save_freq={task.train_steps}",
+            f"--policy.scheduler_decay_steps={task.train_steps}",
+        ]
+        self.command(f"{task.name}-train", [tool("lerobot-train"), *options])
+        last = trained / "checkpoints" / "last" / "pretrained_model"
+        self.command(f"{task.name}-prepare", [tool("lerobot-pirl"), "prepare", last, start])
+        return start
+
+    def evaluate(self, name: str, task: str, policy: Path, *options: str) -> float:
+        """Return the success rate that ``lerobot-eval`` measures."""
+        folder = self.folder / "evaluations" / name
+        info = folder / "eval_info.json"
+        if not info.exists():
+            words = [
+                tool("lerobot-eval"),
+                f"--policy.path={policy}",
+                "--policy.device=cpu",
+                "--env.discover_packages_path=lerobot_pirl.envs",
+                "--env.type=tabletop",
+                f"--env.task={task}",
+                f"--env.observation_height={IMAGE_SIZE}",
+                f"--env.observation_width={IMAGE_SIZE}",
+                f"--eval.n_episodes={EVAL_EPISODES}",
+                f"--eval.batch_size={INIT_STATES}",
+                f"--output_dir={folder}",
+                *options,
+            ]
+            self.command(f"{name}-eval", words)
+        return json.loads(info.read_text())["overall"]["pc_success"] / 100
+
+    def measure(self, name: str, task: str, policy: Path) -> dict[str, float]:
+        """Return the success on the fixed initial states, which training uses, and on others."""
+        return {
+            "success": self.evaluate(name, task, policy),
+            "success_elsewhere": self.evaluate(f"{name}-elsewhere", task, policy, "--env.init_states=false"),
+        }
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Train, or go on, and measure; returns the run's results."""
+        output = self.folder / "runs" / run.name
+        result = output / "result.json"
+        if result.exists():
+            return json.loads(result.read_text())
+        last = output / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
+        options = [f"--algorithm.wire.port={free_port()}"]
+        if last.exists():
+            options += [f"--config_path={last}", "--resume=true"]
+        else:
+            shutil.rmtree(output, ignore_errors=True)
+            start = self.folder / "start" / run.task
+            options += [
+                *run.options,
+                f"--policy.path={start}",
+                "--policy.device=cpu",
+                f"--seed={run.seed}",
+                f"--output_dir={output}",
+            ]
+        show(f"{run.name}: learner and actor")
+        clock = time.monotonic()
+        self.run_both(run, options)
+        seconds = time.monotonic() - clock
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        best = output / "checkpoints" / "best" / "pretrained_model"
+        found = {
+            "run": run.name,
+            "kind": run.kind,
+            "task": run.task,
+            "seed": run.seed,
+            "command": self.commands[f"{run.name}-learner"],
+            "seconds": seconds,
+            "updates": max(record["iteration"] for record in records),
+            "resumed": last.exists(),
+            **self.measure(run.name, run.task, best),
+            "curve": [[r["iteration"], r["eval/success_rate"]] for r in records if "eval/success_rate" in r],
+            "rollouts": [
+                [r["iteration"], r["rollout/success_rate"]] for r in records if "rollout/success_rate" in r
+            ],
+        }
+        result.write_text(json.dumps(found) + "\n")
+        show(f"{run.name}: {found['success']:.1%} in {seconds:.0f} s")
+        return found
+
+    def run_both(self, run: Run, options: list[str]) -> None:
+        """Run learner and actor to their ends; raises RuntimeError when one of them fails."""
+        with ThreadPoolExecutor(2) as pool:
+            sides = {"learner": run.learner, "actor": ("-m", "lerobot.rl.actor")}
+            futures = [
+                pool.submit(self.command, f"{run.name}-{side}", [sys.executable, *start, *options])
+                for side, start in sides.items()
+            ]
+            for future in futures:
+                future.result()
+
+
+def tool(name: str) -> str:
+    """Return where a command of this environment lies."""
+    return str(Path(sys.executable).parent / name)
+
+
+def show(text: str) -> None:
+    """Print a line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Return mean and half width of the 95 % interval over seeds."""
+    if len(values) not in T95:
+        return {"mean": statistics.mean(values), "half_width": None}
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": statistics.mean(values), "half_width": half}
+
+
+def summarize(starts: dict[str, dict[str, float]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per task and kind of run, in the order of the results."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        rows.setdefault((result["task"], result["kind"]), []).append(result)
+    return [
+        {
+            "task": task,
+            "kind": kind,
+            "seeds": [result["seed"] for result in group],
+            "before": starts[task]["success"],
+            "before_elsewhere": starts[task]["success_elsewhere"],
+            "after": interval([result["success"] for result in group]),
+            "after_elsewhere": interval([result["success_elsewhere"] for result in group]),
+            "lowest": min(result["success"] for result in group),
+            "minutes": max(result["seconds"] for result in group) / 60,
+        }
+        for (task, kind), group in rows.items()
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+
+    def percent(part: dict[str, float | None]) -> str:
+        half = "" if part["half_width"] is None else f" ± {100 * part['half_width']:.1f}"
+        return f"{100 * part['mean']:.1f}{half} %"
+
+    lines = [
+        "| task | run | before | after | lowest seed | other initial states: before | after | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['task']} | {ANNOTATIONS[row['kind']]} | {row['before']:.1%} | {percent(row['after'])} | {row['lowest']:.1%} "
+        f"| {row['before_elsewhere']:.1%} | {percent(row['after_elsewhere'])} | {row['minutes']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def draw(bench: Bench, results: list[dict[str, Any]], pictures: Path) -> None:
+    """Draw the curves of every kind of run together, and all of one run."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    kinds = {(result["task"], result["kind"]) for result in results}
+    for task, kind in sorted(kinds):
+        runs = [bench.folder / "runs" / r["run"] for r in results if (r["task"], r["kind"]) == (task, kind)]
+        plot_together(runs, pictures / f"{task}-{kind}.png")
+        if kind in VARIANTS:
+            shutil.copy(plot_run(runs[0]), pictures / f"{task}-{kind}-run.png")
+
+
+def main() -> int:
+    """Run what is not done yet and report; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("outputs/learn"))
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of runs")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs side by side, each with a thread per process"
+    )
+    parser.add_argument("--write", action="store_true", help="write figures and pictures into the repository")
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    bench = Bench(arguments.folder.resolve())
+    runs = [
+        run for run in all_runs() if any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only)
+    ]
+    tasks = [task for name, task in TASKS.items() if any(run.task == name for run in runs)]
+    clock = time.monotonic()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        policies = dict(zip(tasks, pool.map(bench.start, tasks), strict=True))
+        measured = pool.map(
+            lambda task: bench.measure(f"{task.name}-start", task.name, policies[task]), tasks
+        )
+        starts = {task.name: found for task, found in zip(tasks, measured, strict=True)}
+        for name, found in starts.items():
+            show(f"{name}: the starting policy succeeds in {found['success']:.1%}")
+        results = list(pool.map(bench.train, runs))
+    rows = summarize(starts, results)
+    report = {
+        "rows": rows,
+        "starts": starts,
+        "runs": results,
+        "commands": bench.commands,
+        "episodes": EVAL_EPISODES,
+        "hours": (time.monotonic() - clock) / 3600,
+        "cpu": {"cores": os.cpu_count(), "machine": platform.machine()},
+        "versions": versions(),
+    }
+    text = json.dumps(report, indent=1).replace(f"{bench.folder}/", "").replace(f"{ROOT}/", "")
+    pictures = PICTURES if arguments.write else bench.folder / "pictures"
+    (RESULT if arguments.write else bench.folder / "report.json").write_text(text + "\n")
+    draw(bench, results, pictures)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,10 @@ It reads object poses from the simulator and answers with the action that LeRobo
 ``control_mode: absolute``: position in metres, rotation vector in radians, gripper -1 (open) or +1 (close). The
 answer depends on the present state alone, so that a policy without memory can learn to give the same one.
 
-    python benchmarks/libero_expert.py [--task bowl_on_plate] [--episodes 50] [--noise 0.0] [--drawn]
+    python -m benchmarks.libero_expert [--task bowl_on_plate] [--episodes 50] [--noise 0.0] [--drawn]
+    python -m benchmarks.libero_expert --record FOLDER --episodes 20 [--size 64] [--seed 0]
+
+The first measures it and prints a line of JSON; the second writes demonstrations into a ``LeRobotDataset``.
 """
 
 import argparse
@@ -14,6 +17,8 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,37 +201,79 @@ def make_env(task: PickAndPlace, size: int = 64, init_states: bool = True) -> An
     return make_task_env(cfg, task.task_id)
 
 
+def measure(task: PickAndPlace, env: Any, episodes: int, noise: float) -> dict[str, Any]:
+    """Return how often and how fast the expert succeeds from the first initial states."""
+    run_episode(task, env, 0)  # the first one builds the simulator
+    clock = time.monotonic()
+    results = [run_episode(task, env, number, noise, seed=number) for number in range(episodes)]
+    seconds = time.monotonic() - clock
+    steps = [count for success, count in results if success]
+    return {
+        "episodes": episodes,
+        "success": len(steps) / episodes,
+        "failures": [number for number, (success, _) in enumerate(results) if not success],
+        "mean_steps": round(statistics.mean(steps), 1) if steps else None,
+        "longest": max(steps, default=None),
+        "steps_per_s_with_resets": round(sum(count for _, count in results) / seconds, 1),
+    }
+
+
+def record_demonstrations(
+    task: PickAndPlace, env: Any, folder: Path, episodes: int, seed: int, hold: int
+) -> dict[str, Any]:
+    """Write successful episodes from drawn initial states into a new dataset; return what it holds.
+
+    Args:
+        task: what to show.
+        env: LeRobot's ``LiberoEnv``; its initial states are replaced.
+        folder: of the dataset; it must not exist.
+        episodes: number of tries.
+        seed: of the initial states and the resets.
+        hold: frames after the success, which repeat what the expert then commands.
+    """
+    from benchmarks.demonstrations import make_dataset, record
+
+    env.reset(seed=seed)
+    env._init_states = drawn_init_states(env, episodes, seed)
+    env.init_state_id = 0
+    env.render_enabled = True
+    shape = (env.observation_height, env.observation_width)
+    dataset = make_dataset(folder, shape, env.control_freq)
+    expert = partial(expert_action, task)
+    for number in range(episodes):
+        record(dataset, env, expert, seed + number, MAX_STEPS, hold)
+    dataset.finalize()
+    return {"episodes": dataset.num_episodes, "frames": dataset.num_frames, "folder": str(folder)}
+
+
 def main() -> int:
-    """Measure the expert and print a line of JSON."""
+    """Measure or record, as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=TASKS, default="bowl_on_plate")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--noise", type=float, default=0.0, help="metres, added to every commanded position")
-    parser.add_argument("--drawn", action="store_true", help="start from drawn states, not the task's own")
+    parser.add_argument("--drawn", action="store_true", help="measure on drawn states, not the task's own")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="write demonstrations")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the pictures in pixels")
+    parser.add_argument("--hold", type=int, default=10, help="frames of a demonstration after its success")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn states")
     options = parser.parse_args()
     os.environ.setdefault("MUJOCO_GL", "egl")
     task = TASKS[options.task]
-    env = make_env(task)
-    run_episode(task, env, 0)
-    if options.drawn:
-        env._init_states = drawn_init_states(env, options.episodes, seed=1)
-    clock = time.monotonic()
-    results = [run_episode(task, env, number, options.noise, number) for number in range(options.episodes)]
-    seconds = time.monotonic() - clock
+    env = make_env(task, options.size)
+    if options.record:
+        report = record_demonstrations(
+            task, env, options.record, options.episodes, options.seed, options.hold
+        )
+    else:
+        env.reset(seed=0)
+        if options.drawn:
+            env._init_states = drawn_init_states(env, options.episodes, options.seed)
+        report = measure(task, env, options.episodes, options.noise)
     env.close()
-    steps = [count for success, count in results if success]
-    report = {
-        "task": options.task,
-        "episodes": len(results),
-        "success": len(steps) / len(results),
-        "failures": [number for number, (success, _) in enumerate(results) if not success],
-        "mean_steps": round(statistics.mean(steps), 1) if steps else None,
-        "longest": max(steps, default=None),
-        "steps_per_s_with_resets": round(sum(count for _, count in results) / seconds, 1),
-    }
-    print(json.dumps(report))
+    print(json.dumps({"task": options.task, **report}))
     return 0
 
 

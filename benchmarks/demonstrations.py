@@ -16,8 +16,9 @@ import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.xvla.processor_xvla import LiberoProcessorStep
+from lerobot.policies.xvla.utils import mat_to_rotate6d
 from lerobot.utils.constants import ACTION, OBS_STATE
-from scipy.spatial.transform import Rotation
+from lerobot.utils.rotation import Rotation
 
 from lerobot_pirl.envs.tabletop_physics import TASKS
 from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
@@ -30,7 +31,7 @@ type Expert = Callable[[Any], np.ndarray]
 
 def xvla_action(action: np.ndarray) -> np.ndarray:
     """Return an environment action ``[7]`` as X-VLA predicts it, float32 ``[20]``."""
-    columns = Rotation.from_rotvec(action[3:6]).as_matrix()[:, :2].T.flatten()
+    columns = mat_to_rotate6d(Rotation.from_rotvec(action[3:6]).as_matrix())
     out = np.zeros(DIM, np.float32)
     out[:10] = *action[:3], *columns, action[6] > 0
     return out
@@ -46,11 +47,9 @@ def frame(observation: dict[str, Any], action: np.ndarray, task: str) -> dict[st
 
 
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
-    return (
-        {key: _map(value, function) for key, value in tree.items()}
-        if isinstance(tree, dict)
-        else function(tree)
-    )
+    if isinstance(tree, dict):
+        return {key: _map(value, function) for key, value in tree.items()}
+    return function(tree)
 
 
 def make_dataset(root: Path, shape: tuple[int, int], fps: int) -> LeRobotDataset:
@@ -71,21 +70,22 @@ def record(dataset: LeRobotDataset, env: Any, expert: Expert, seed: int, max_ste
         env: takes single actions and reports ``info["is_success"]``.
         expert: gives the action for an environment's present state.
         seed: of the reset.
-        max_steps: give up after these.
-        hold: frames that repeat the last command, so that the chunks of the last steps are whole.
+        max_steps: give up without a success in these.
+        hold: frames after the success, so that the chunks of the last steps are whole.
     """
     observation, _ = env.reset(seed=seed)
-    left = None
-    for _ in range(max_steps):
+    succeeded_at = None
+    for step in range(1, max_steps + hold + 1):
         action = expert(env)
         dataset.add_frame(frame(observation, action, env.task_description))
         observation, _, _, _, info = env.step(action)
-        if info["is_success"] and left is None:
-            left = hold
-        if left == 0:
+        if info["is_success"] and succeeded_at is None:
+            succeeded_at = step
+        if succeeded_at is None and step == max_steps:
+            break
+        if succeeded_at is not None and step == succeeded_at + hold:
             dataset.save_episode()
             return True
-        left = left if left is None else left - 1
     dataset.clear_episode_buffer()
     return False
 

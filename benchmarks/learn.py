@@ -17,7 +17,6 @@ import os
 import platform
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lerobot_pirl.plots import plot_run, plot_together
+from lerobot_pirl.plots import mean_and_interval, plot_run, plot_together
 from tests.smoke import free_port, versions
 
 ROOT = Path(__file__).parent.parent
@@ -39,9 +38,6 @@ INIT_STATES = 50
 IMAGE_SIZE = 32
 SEEDS = (1, 2, 3)
 VARIANTS = ("flow_sde", "flow_noise")
-# two-sided 95 % quantile of Student's t for 3 seeds
-T95 = {2: 12.706, 3: 4.303, 5: 2.776}
-STATUS_S = 60
 SHUFFLED = (
     "from benchmarks import learn; learn.shuffle_advantages(); from lerobot_pirl.learner import main; main()"
 )
@@ -221,7 +217,8 @@ class Bench:
             return json.loads(result.read_text())
         last = output / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
         options = [f"--algorithm.wire.port={free_port()}"]
-        if last.exists():
+        resumed = last.exists()
+        if resumed:
             options += [f"--config_path={last}", "--resume=true"]
         else:
             shutil.rmtree(output, ignore_errors=True)
@@ -247,7 +244,7 @@ class Bench:
             "command": self.commands[f"{run.name}-learner"],
             "seconds": seconds,
             "updates": max(record["iteration"] for record in records),
-            "resumed": last.exists(),
+            "resumed": resumed,
             **self.measure(run.name, run.task, best),
             "curve": [[r["iteration"], r["eval/success_rate"]] for r in records if "eval/success_rate" in r],
             "rollouts": [
@@ -280,14 +277,6 @@ def show(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def interval(values: list[float]) -> dict[str, float | None]:
-    """Return mean and half width of the 95 % interval over seeds."""
-    if len(values) not in T95:
-        return {"mean": statistics.mean(values), "half_width": None}
-    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": statistics.mean(values), "half_width": half}
-
-
 def summarize(starts: dict[str, dict[str, float]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per task and kind of run, in the order of the results."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -300,8 +289,8 @@ def summarize(starts: dict[str, dict[str, float]], results: list[dict[str, Any]]
             "seeds": [result["seed"] for result in group],
             "before": starts[task]["success"],
             "before_elsewhere": starts[task]["success_elsewhere"],
-            "after": interval([result["success"] for result in group]),
-            "after_elsewhere": interval([result["success_elsewhere"] for result in group]),
+            "after": mean_and_interval([result["success"] for result in group]),
+            "after_elsewhere": mean_and_interval([result["success_elsewhere"] for result in group]),
             "lowest": min(result["success"] for result in group),
             "minutes": max(result["seconds"] for result in group) / 60,
         }
@@ -312,17 +301,18 @@ def summarize(starts: dict[str, dict[str, float]], results: list[dict[str, Any]]
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
 
-    def percent(part: dict[str, float | None]) -> str:
-        half = "" if part["half_width"] is None else f" ± {100 * part['half_width']:.1f}"
-        return f"{100 * part['mean']:.1f}{half} %"
+    def percent(row: dict[str, Any], name: str) -> str:
+        mean, half = row[name]
+        # one seed says nothing of the others
+        return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f} %" if len(row["seeds"]) > 1 else " %")
 
     lines = [
         "| task | run | before | after | lowest seed | other initial states: before | after | minutes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['task']} | {ANNOTATIONS[row['kind']]} | {row['before']:.1%} | {percent(row['after'])} | {row['lowest']:.1%} "
-        f"| {row['before_elsewhere']:.1%} | {percent(row['after_elsewhere'])} | {row['minutes']:.0f} |"
+        f"| {row['task']} | {ANNOTATIONS[row['kind']]} | {row['before']:.1%} | {percent(row, 'after')} | {row['lowest']:.1%} "
+        f"| {row['before_elsewhere']:.1%} | {percent(row, 'after_elsewhere')} | {row['minutes']:.0f} |"
         for row in rows
     ]
     return "\n".join(lines)

@@ -1,8 +1,9 @@
 """Checkpoints in LeRobot's layout: save, and load what LeRobot does not.
 
 ``checkpoints/<step>/pretrained_model`` loads in a LeRobot without this package, ``algorithm`` holds the value head
-(with ``flow_noise`` the noise head too, with ``kl_coef`` the starting policy), ``training_state`` the optimiser, scheduler, random states, counters, ``pirl_metadata.json`` and the digests
-of all files; ``checkpoints/last`` points at the newest complete one, ``checkpoints/best`` at the best evaluated one.
+(with ``flow_noise`` the noise head too, with ``kl_coef`` the starting policy), ``training_state`` the optimiser,
+scheduler, random states, counters, ``pirl_metadata.json`` and the digests of all files; ``checkpoints/last`` points at the newest
+complete one, ``checkpoints/best`` at the best evaluated one.
 """
 
 import copy

@@ -6,21 +6,24 @@ normalise images a second time, and they send domain 0 where LIBERO's published 
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.policies.xvla.processor_xvla import XVLAAddDomainIdProcessorStep
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lerobot_pirl.policies.xvla import domain_tables
-from lerobot_pirl.policies.xvla_processors import LIBERO_DOMAIN_ID
+from lerobot_pirl.policies.xvla_processors import IMAGE_STEPS, LIBERO_DOMAIN_ID
 
-WEIGHTS = "model.safetensors"
-# registry names of the steps that the environment's pipeline does already
-IMAGE_STEPS = ("xvla_image_to_float", "xvla_imagenet_normalize")
-DOMAIN_STEP = "xvla_add_domain_id"
+WEIGHTS, PIPELINE = "model.safetensors", f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+# as a saved pipeline calls its steps
+IMAGE_STEP_NAMES = [step._registry_name for step in IMAGE_STEPS]
+DOMAIN_STEP = XVLAAddDomainIdProcessorStep._registry_name
 
 
 def prepare(source: Path, target: Path) -> list[str]:
@@ -35,13 +38,11 @@ def prepare(source: Path, target: Path) -> list[str]:
 
     Raises:
         ValueError: with a sentence for the user, when the source is no such folder or the target is there.
+        OSError: when the copy cannot be written; nothing is left of it.
     """
     if target.exists():
         raise ValueError(f"{target} exists; name a folder that does not")
-    config, pipeline = (
-        _read(source / "config.json"),
-        _read(source / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"),
-    )
+    config, pipeline = _read(source / "config.json"), _read(source / PIPELINE)
     if config.get("type") != "xvla":
         raise ValueError(f"{source} holds a policy of type {config.get('type')!r}; name one of type 'xvla'")
     steps = pipeline["steps"]
@@ -56,22 +57,38 @@ def prepare(source: Path, target: Path) -> list[str]:
             f"{source} has num_domains={config['num_domains']} and no row for LIBERO's domain {LIBERO_DOMAIN_ID}; train "
             f"it with policy.num_domains={LIBERO_DOMAIN_ID + 1} or more"
         )
-    left_out = [step["registry_name"] for step in steps if step.get("registry_name") in IMAGE_STEPS]
-    pipeline["steps"] = [step for step in steps if step.get("registry_name") not in IMAGE_STEPS]
+    left_out = [step["registry_name"] for step in steps if step.get("registry_name") in IMAGE_STEP_NAMES]
+    pipeline["steps"] = [step for step in steps if step.get("registry_name") not in IMAGE_STEP_NAMES]
     domains[0]["domain_id"] = LIBERO_DOMAIN_ID
     weights, header = _weights(source / WEIGHTS)
-    shutil.copytree(source, target)
-    (target / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json").write_text(json.dumps(pipeline, indent=2) + "\n")
     done = [f"the step {name} is left out: LIBERO's pipeline does it" for name in left_out]
-    if former != LIBERO_DOMAIN_ID:
-        tables = domain_tables(weights, config["use_hetero_proj"])
-        for name in tables:
-            weights[name][LIBERO_DOMAIN_ID] = weights[name][former]
-        save_file(weights, target / WEIGHTS, metadata=header)
+    tables = [] if former == LIBERO_DOMAIN_ID else domain_tables(weights, config["use_hetero_proj"])
+    for name in tables:
+        weights[name][LIBERO_DOMAIN_ID] = weights[name][former]
+    if tables:
         done.append(
-            f"row {former} of {len(tables)} tables is copied to row {LIBERO_DOMAIN_ID}, which domain_id={LIBERO_DOMAIN_ID} selects"
+            f"row {former} of {len(tables)} tables is copied to row {LIBERO_DOMAIN_ID}, which domain_id={LIBERO_DOMAIN_ID} "
+            "selects"
         )
+    with _whole(target) as folder:
+        shutil.copytree(source, folder)
+        (folder / PIPELINE).write_text(json.dumps(pipeline, indent=2) + "\n")
+        if tables:
+            save_file(weights, folder / WEIGHTS, metadata=header)
     return done
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Give a hidden name beside a folder's, which becomes the folder's when all is written."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

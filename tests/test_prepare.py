@@ -104,7 +104,7 @@ def test_the_recipe_takes_it_and_refuses_the_trained_one(trained, prepared):
             if fits:
                 make_processors(cfg.policy, cfg.env)
             else:
-                with pytest.raises(ValueError, match="must occur exactly once"):
+                with pytest.raises(ValueError, match="must occur exactly once.*lerobot-pirl prepare"):
                     make_processors(cfg.policy, cfg.env)
         finally:
             cfg.policy.pretrained_path = None
@@ -169,3 +169,13 @@ def test_damaged_weights_are_refused_and_nothing_written(trained, tmp_path, caps
     assert main(["prepare", str(folder), str(tmp_path / "start")]) == 1
     assert "model.safetensors cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "start").exists()
+
+
+def test_a_copy_that_cannot_be_finished_leaves_nothing(trained, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lerobot_pirl.prepare.save_file", full)
+    assert main(["prepare", str(trained), str(tmp_path / "start")]) == 1
+    assert "no space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

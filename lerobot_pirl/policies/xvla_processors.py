@@ -17,6 +17,8 @@ from lerobot.policies.xvla.processor_xvla import (
 from lerobot.processor import PolicyProcessorPipeline, TokenizerProcessorStep
 
 LIBERO_DOMAIN_ID = 3
+# what LeRobot's LIBERO pipeline has done to images before the policy's own pipeline sees them
+IMAGE_STEPS = (XVLAImageToFloatProcessorStep, XVLAImageNetNormalizeProcessorStep)
 # the tiny configs' tokenizer; the same name is a folder of a clone, so stock LeRobot finds it there too
 PACKAGED_TOKENIZER = "lerobot_pirl/tokenizer"
 
@@ -50,8 +52,7 @@ def _scratch_policy_pipelines(config: Any) -> tuple[PolicyProcessorPipeline, Pol
         pre, post = make_xvla_pre_post_processors(config)
     finally:
         config.tokenizer_name = tokenizer_name
-    image_steps = (XVLAImageToFloatProcessorStep, XVLAImageNetNormalizeProcessorStep)
-    pre.steps = [step for step in pre.steps if not isinstance(step, image_steps)]
+    pre.steps = [step for step in pre.steps if not isinstance(step, IMAGE_STEPS)]
     for step in pre.steps:
         if isinstance(step, XVLAAddDomainIdProcessorStep):
             step.domain_id = LIBERO_DOMAIN_ID
@@ -111,7 +112,8 @@ def _check_steps(processors: Processors, source: Any) -> None:
             raise ValueError(
                 f"the processors of {source} hold the step '{label}' {count} times together with the "
                 f"environment's, but it must {'occur exactly once' if wanted else 'not occur'}; fix "
-                "policy_preprocessor.json or policy_postprocessor.json beside the weights"
+                "policy_preprocessor.json or policy_postprocessor.json beside the weights; for a policy that was trained "
+                "on a dataset, `lerobot-pirl prepare` does"
             )
     domains = [step.domain_id for step in before if isinstance(step, XVLAAddDomainIdProcessorStep)]
     if not domains or domains[-1] != LIBERO_DOMAIN_ID:

@@ -1,0 +1,73 @@
+"""Demonstrations: what the expert does, as X-VLA is to predict it, and which frames are kept."""
+
+import numpy as np
+import pytest
+import torch
+from lerobot.envs.factory import make_env_pre_post_processors
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from benchmarks.demonstrations import frame, make_dataset, record, xvla_action
+from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
+from tests.toy import tiny_config
+
+SIZE, MAX_STEPS = 16, 12
+
+
+@pytest.mark.parametrize("gripper", [-1.0, 1.0])
+def test_lerobots_pipeline_turns_it_into_the_experts_action_again(gripper):
+    cfg = tiny_config()
+    _, post = make_env_pre_post_processors(cfg.env, cfg.policy)
+    action = np.array([0.1, -0.05, 0.2, 0.3, -0.4, 1.2, gripper], np.float32)
+    again = post({ACTION: torch.from_numpy(xvla_action(action))[None]})[ACTION][0]
+    np.testing.assert_allclose(again.numpy(), action, atol=1e-5)
+
+
+def test_a_frame_holds_the_pictures_upright_and_the_proprioception():
+    env = TabletopTask("pickup", observation_height=SIZE, observation_width=SIZE)
+    observation, _ = env.reset(seed=0)
+    found = frame(observation, expert_action(env), env.task_description)
+    pixels = observation["pixels"]
+    # LIBERO's fixed camera comes rotated, the other one does not
+    np.testing.assert_array_equal(found["observation.images.image"], pixels["image"][::-1, ::-1])
+    np.testing.assert_array_equal(found["observation.images.image2"], pixels["image2"])
+    np.testing.assert_allclose(found[OBS_STATE][:3], env.state.eef, rtol=1e-6)
+    assert found["task"] == "pick up the green cube"
+
+
+class Counted:
+    """An environment that succeeds in one step of its choice; its state is the number of steps."""
+
+    task_description = "count"
+
+    def __init__(self, succeeds_at: int):
+        self.tabletop = TabletopTask("reach", observation_height=SIZE, observation_width=SIZE)
+        self.succeeds_at = succeeds_at
+
+    def reset(self, seed: int):
+        self.steps = 0
+        self.observation, _ = self.tabletop.reset(seed=seed)
+        return self.observation, {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation, 0.0, False, False, {"is_success": self.steps == self.succeeds_at}
+
+
+def recorded(tmp_path, succeeds_at: int, hold: int) -> list[int]:
+    """Record one episode; returns the commands of its frames, which count them."""
+    dataset = make_dataset(tmp_path / "dataset", (SIZE, SIZE), fps=20)
+    env = Counted(succeeds_at)
+    kept = record(dataset, env, lambda env: np.array([env.steps, *[0] * 6], np.float32), 0, MAX_STEPS, hold)
+    assert kept == (dataset.num_episodes == 1)
+    dataset.finalize()
+    return [round(row[ACTION][0].item()) for row in dataset] if kept else []
+
+
+@pytest.mark.parametrize("hold", [0, 3])
+@pytest.mark.parametrize("succeeds_at", [1, 5, MAX_STEPS])
+def test_an_episode_ends_so_many_frames_after_its_success(tmp_path, succeeds_at, hold):
+    assert recorded(tmp_path, succeeds_at, hold) == list(range(succeeds_at + hold))
+
+
+def test_an_episode_without_success_in_time_is_left_out(tmp_path):
+    assert recorded(tmp_path, MAX_STEPS + 1, 3) == []

@@ -212,9 +212,24 @@ class Bench:
     def train(self, run: Run) -> dict[str, Any]:
         """Train, or go on, and measure; returns the run's results."""
         output = self.folder / "runs" / run.name
-        result = output / "result.json"
-        if result.exists():
-            return json.loads(result.read_text())
+        if not (output / "trained.json").exists():
+            self.run_recipe(run, output)
+        trained = json.loads((output / "trained.json").read_text())
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+        def curve(name: str) -> list[list[float]]:
+            return [[record["iteration"], record[name]] for record in records if name in record]
+
+        best = output / "checkpoints" / "best" / "pretrained_model"
+        found = {"run": run.name, "kind": run.kind, "task": run.task, "seed": run.seed, **trained}
+        found |= self.measure(run.name, run.task, best)
+        found |= {"updates": max(record["iteration"] for record in records)}
+        found |= {"evaluations": curve("eval/success_rate"), "rollouts": curve("rollout/success_rate")}
+        show(f"{run.name}: {found['success']:.1%} in {found['seconds']:.0f} s")
+        return found
+
+    def run_recipe(self, run: Run, output: Path) -> None:
+        """Run learner and actor until the run is done; an interrupted one goes on from its last checkpoint."""
         last = output / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
         options = [f"--algorithm.wire.port={free_port()}"]
         resumed = last.exists()
@@ -223,37 +238,15 @@ class Bench:
         else:
             shutil.rmtree(output, ignore_errors=True)
             start = self.folder / "start" / run.task
-            options += [
-                *run.options,
-                f"--policy.path={start}",
-                "--policy.device=cpu",
-                f"--seed={run.seed}",
-                f"--output_dir={output}",
-            ]
+            options += [*run.options, f"--policy.path={start}", "--policy.device=cpu"]
+            options += [f"--seed={run.seed}", f"--output_dir={output}"]
         show(f"{run.name}: learner and actor")
         clock = time.monotonic()
         self.run_both(run, options)
-        seconds = time.monotonic() - clock
-        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        best = output / "checkpoints" / "best" / "pretrained_model"
-        found = {
-            "run": run.name,
-            "kind": run.kind,
-            "task": run.task,
-            "seed": run.seed,
-            "command": self.commands[f"{run.name}-learner"],
-            "seconds": seconds,
-            "updates": max(record["iteration"] for record in records),
-            "resumed": resumed,
-            **self.measure(run.name, run.task, best),
-            "curve": [[r["iteration"], r["eval/success_rate"]] for r in records if "eval/success_rate" in r],
-            "rollouts": [
-                [r["iteration"], r["rollout/success_rate"]] for r in records if "rollout/success_rate" in r
-            ],
-        }
-        result.write_text(json.dumps(found) + "\n")
-        show(f"{run.name}: {found['success']:.1%} in {seconds:.0f} s")
-        return found
+        # of a resumed run the seconds of the last sitting alone
+        seconds, command = time.monotonic() - clock, self.commands[f"{run.name}-learner"]
+        trained = {"seconds": seconds, "resumed": resumed, "command": command}
+        (output / "trained.json").write_text(json.dumps(trained) + "\n")
 
     def run_both(self, run: Run, options: list[str]) -> None:
         """Run learner and actor to their ends; raises RuntimeError when one of them fails."""

@@ -1,5 +1,6 @@
 """Learner and actor ends over real gRPC on loopback, in one process."""
 
+import re
 import threading
 import time
 
@@ -228,17 +229,52 @@ def test_a_learner_that_sends_garbage_is_an_error_not_a_wait(server, client):
 
 
 def test_a_message_in_one_piece_never_takes_a_former_rest_along():
-    begun = list(to_pieces(b"OLD-" * 10, services_pb2.Transition))[:1]
-    whole = list(to_pieces(b"NEW", services_pb2.Transition))
-    assert list(from_pieces(begun + whole)) == [b"NEW"]
+    begun = list(to_pieces(encode(rollout(1)), services_pb2.Transition))[:1]
+    whole = list(to_pieces(encode(rollout(2)), services_pb2.Transition))
+    assert list(from_pieces(begun + whole)) == [encode(rollout(2))]
 
 
-def test_pieces_without_a_beginning_or_over_the_limit_are_refused():
-    pieces = list(to_pieces(b"x" * 100, services_pb2.Transition))
-    with pytest.raises(WireError, match="without the message's beginning"):
-        list(from_pieces(pieces[1:]))
-    with pytest.raises(WireError, match="exceeds the 99 bytes"):
-        list(from_pieces(pieces, max_bytes=99))
+def piece(state: str, data: bytes) -> services_pb2.Transition:
+    number = getattr(services_pb2.TransferState, f"TRANSFER_{state}")
+    return services_pb2.Transition(transfer_state=number, data=data)
+
+
+def test_pieces_may_be_of_any_size():
+    data = encode(rollout(0))
+    pieces = [piece("MIDDLE", bytes([byte])) for byte in data]
+    assert list(from_pieces([piece("BEGIN", data[:1]), *pieces[1:], piece("END", b"")])) == [data]
+
+
+BAD_PIECES = {
+    "no beginning": ([("MIDDLE", b"x")], "without the message's beginning"),
+    "end alone": ([("END", b"x")], "without the message's beginning"),
+    "after the end": ([("BEGIN", b"x"), ("END", b""), ("MIDDLE", b"y")], "without the message's beginning"),
+    "unknown state": ([("BEGIN", b"x"), ("UNKNOWN", b"y")], "without the message's beginning"),
+    "empty beginning": ([("BEGIN", b"")], "is empty"),
+    "empty middle": ([("BEGIN", b"x"), ("MIDDLE", b"")], "is empty"),
+    "no message": ([("BEGIN", b"x" * 100)], "instead of b'PIRL'"),
+    "larger than announced": (
+        [("BEGIN", encode(rollout(0))), ("MIDDLE", b"x")],
+        f"more bytes than the {len(encode(rollout(0)))} that its header announces",
+    ),
+}
+
+
+@pytest.mark.parametrize(("pieces", "expected"), BAD_PIECES.values(), ids=BAD_PIECES)
+def test_pieces_that_make_no_message_are_refused_when_they_come(pieces, expected):
+    def endless():
+        for state, data in pieces:
+            yield piece(state, data)
+        pytest.fail("asked for more after what had to be refused")
+
+    with pytest.raises(WireError, match=re.escape(expected)):
+        list(from_pieces(endless()))
+
+
+def test_a_message_over_the_limit_is_refused_by_its_first_piece():
+    data = encode(weights(0, size=1_000_000))
+    with pytest.raises(WireError, match="more than the 1000000 allowed"):
+        next(from_pieces(iter([piece("BEGIN", data[:60])]), max_bytes=1_000_000))
 
 
 def test_the_end_does_not_wait_for_an_actor_that_is_gone(server, monkeypatch):

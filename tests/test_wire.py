@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lerobot_pirl import wire
-from lerobot_pirl.wire import KINDS, Message, WireError, decode, encode
+from lerobot_pirl.wire import KINDS, Message, WireError, announced_bytes, decode, encode
 
 HEADER = struct.Struct("<4sBBIQ32s")
 fuzz = settings(max_examples=200, deadline=None, database=None)
@@ -159,12 +159,12 @@ def test_another_format_is_refused_with_the_remedy(version):
     assert "install the same lerobot-pirl on both sides" in text
 
 
-@pytest.mark.parametrize("kind", [0, 6, 255])
+@pytest.mark.parametrize("kind", [0, max(KINDS.values()) + 1, 255])
 def test_another_kind_is_refused(kind):
-    assert refusal(raw(kind=kind)) == f"unknown message kind {kind}; known are [1, 2, 3, 4, 5]"
+    assert refusal(raw(kind=kind)) == f"unknown message kind {kind}; known are {sorted(KINDS.values())}"
 
 
-@pytest.mark.parametrize("lengths", [(0, 0), (1, 0), (3, 0), (2, 1), (2, 2**63), (2**32 - 1, 0)])
+@pytest.mark.parametrize("lengths", [(0, 0), (1, 0), (3, 0), (2, 1), (2, 2**32), (2**20, 0)])
 def test_lengths_that_do_not_fit_are_refused(lengths):
     announced = HEADER.size + sum(lengths)
     assert refusal(raw(b"{}", lengths=lengths)) == (
@@ -206,19 +206,61 @@ def test_a_header_that_is_no_object_is_refused(text):
     assert refusal(raw(text)) == f"the message's header is a JSON {kind} instead of an object"
 
 
-NO_JSON = [b"", b"{", b"{'a': 1}", b"\xff\xfe{}", b'{"a": 1} ,', "{}".encode("utf-16"), b"[" * 100_000]
+NO_JSON = [
+    *(b"", b"{", b"{'a': 1}", b"\xff\xfe{}", b'{"a": 1} ,', "{}".encode("utf-16"), b"[" * 100_000),
+    # two readers could read two things
+    *(b'{"a": 1, "a": 1}', b'{"a": {"b": 1, "b": 2}}'),
+    # cannot be compared or shown
+    *(b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}", b'{"a": ' * 66 + b"1" + b"}" * 66),
+    *(b'{"a": "\\ud800"}', b'{"\\udfff": 1}', b'{"a": ' + b"9" * 5000 + b"}"),
+]
 
 
 @pytest.mark.parametrize("text", NO_JSON, ids=lambda text: repr(text[:12]))
 def test_a_header_that_is_no_json_is_refused(text):
-    assert refusal(raw(text)).startswith("the message's header is no JSON: ")
+    message = refusal(raw(text))
+    assert message.startswith("the message's header is no JSON: ")
+    assert len(message) < 300
+
+
+def test_a_header_may_be_nested_as_deep_as_is_allowed():
+    deep = b'{"a": ' + b"[" * 63 + b"1" + b"]" * 63 + b"}"
+    assert decode(raw(deep)).header == json.loads(deep)
 
 
 def test_a_message_over_the_limit_is_refused_and_one_at_it_is_not():
     data = encode(example())
     text = refusal(data, max_bytes=len(data) - 1)
-    assert text == f"the message has {len(data)} bytes, more than the {len(data) - 1} allowed"
+    assert text == f"the rollout message has {len(data)} bytes, more than the {len(data) - 1} allowed"
     assert same(decode(data, max_bytes=len(data)), example())
+
+
+TOO_LARGE = {
+    "weights": (KINDS["weights"], (2, wire.MAX_BYTES), "the weights message has "),
+    "rollout": (KINDS["rollout"], (2, wire.MAX_BYTES), "the rollout message has "),
+    "wrapped": (KINDS["rollout"], (2, 2**64 - 1), "the rollout message has "),
+    "evaluation": (KINDS["evaluation"], (2, wire.MAX_SMALL_BYTES), "the evaluation message has "),
+    "end": (KINDS["end"], (2, wire.MAX_SMALL_BYTES), "the end message has "),
+    "refusal": (KINDS["refusal"], (2, wire.MAX_SMALL_BYTES), "the refusal message has "),
+    "JSON": (KINDS["rollout"], (wire.MAX_JSON_BYTES + 1, 0), "the message's header announces 1048577 bytes of JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "lengths", "expected"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_what_is_too_large_is_refused_by_its_first_bytes(kind, lengths, expected):
+    start = raw(kind=kind, lengths=lengths)[: HEADER.size]
+    assert announced_bytes(start[:-1]) is None
+    with pytest.raises(WireError) as caught:
+        announced_bytes(start)
+    assert str(caught.value).startswith(expected)
+    assert " more than the " in str(caught.value)
+
+
+def test_the_largest_of_each_kind_is_announced():
+    for kind, number in KINDS.items():
+        allowed = wire.MAX_BYTES if kind in ("weights", "rollout") else wire.MAX_SMALL_BYTES
+        start = raw(kind=number, lengths=(2, allowed - HEADER.size - 2))[: HEADER.size]
+        assert announced_bytes(start) == allowed
 
 
 def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
@@ -246,12 +288,18 @@ DAMAGED = {
     "negative shape": safetensors_bytes(entry(shape=(-1,)), bytes(4)),
     "shape overflow": safetensors_bytes(entry(shape=(2**62, 2**62)), bytes(4)),
     "huge and empty": safetensors_bytes(entry(shape=(0, 2**64 - 1), offsets=(0, 0))),
+    "type without use": safetensors_bytes(entry("F8_E4M3", (4,)), bytes(4)),
+    "complex": safetensors_bytes(entry("C64", offsets=(0, 8)), bytes(8)),
+    "long list": struct.pack("<Q", 5 * 2**20) + b"{" + b" " * (5 * 2**20 - 2) + b"}",
+    "long name": safetensors_bytes({"x" * 100_000: entry(shape=(2,))["x"]}, bytes(4)),
 }
 
 
 @pytest.mark.parametrize("payload", DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_tensors_are_refused_although_the_digest_fits(payload):
-    assert refusal(raw(payload=payload)).startswith("the message's tensors cannot be read: ")
+    message = refusal(raw(payload=payload))
+    assert message.startswith("the message's tensors cannot be read: ")
+    assert len(message) < 300
 
 
 def test_announced_sizes_allocate_nothing():
@@ -291,7 +339,7 @@ def test_arbitrary_bytes_are_refused(data):
 
 
 @fuzz
-@given(st.binary(max_size=60), st.binary(max_size=200), st.sampled_from([1, 2, 3, 4, 5]))
+@given(st.binary(max_size=60), st.binary(max_size=200), st.sampled_from(sorted(KINDS.values())))
 def test_arbitrary_content_under_a_fitting_digest_is_refused_or_read(text, payload, kind):
     message = decode_or_refuse(raw(text, payload, kind=kind))
     if message is not None:

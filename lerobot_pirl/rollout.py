@@ -1,5 +1,6 @@
 """What one iteration's collection leaves behind: a row per executed chunk, ordered by episode."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +9,24 @@ import torch
 from torch import Tensor
 
 from lerobot_pirl.ppo import compute_gae
+from lerobot_pirl.rules import shown
 
-# per row of a rollout; features come on top, with a prefix
-_ROW_FIELDS = ("chain", "step_index", "gripper", "log_prob", "rewards", "terminated")
-_EPISODE_FIELDS = ("episode_lengths", "task_id", "init_state_id", "success", "env_steps")
+# per row of a rollout, with type and number of axes; features come on top, with a prefix
+_ROW_FIELDS = {
+    "chain": (torch.float32, 4),
+    "step_index": (torch.int64, 2),
+    "gripper": (torch.uint8, 2),
+    "log_prob": (torch.float32, 2),
+    "rewards": (torch.float32, 1),
+    "terminated": (torch.bool, 1),
+}
+_EPISODE_FIELDS = {
+    "episode_lengths": (torch.int64, 1),
+    "task_id": (torch.int64, 1),
+    "init_state_id": (torch.int64, 1),
+    "success": (torch.bool, 1),
+    "env_steps": (torch.int64, 1),
+}
 
 
 def derive_seed(*keys: int) -> int:
@@ -83,7 +98,7 @@ class Rollout:
         """Rebuild and check a rollout.
 
         Raises:
-            ValueError: when a tensor is missing, its length does not fit or a value is not finite.
+            ValueError: when something is missing, of another type or length, or not finite.
         """
         plain = (*_ROW_FIELDS, *_EPISODE_FIELDS)
         missing = sorted(set(plain) - set(tensors))
@@ -94,9 +109,14 @@ class Rollout:
             prefix, _, rest = name.partition(".")
             if rest and prefix in groups:
                 groups[prefix][rest] = value
+        version, stats = header.get("policy_version"), header.get("stats", {})
+        if type(version) is not int:
+            raise ValueError(f"rollout: policy_version is {shown(version)}; update the actor's package")
+        if not isinstance(stats, dict) or not all(map(_is_finite, stats.values())):
+            raise ValueError(f"rollout: stats is {shown(stats)} instead of numbers by name")
         rollout = cls(
-            policy_version=int(header["policy_version"]),
-            stats=dict(header.get("stats", {})),
+            policy_version=version,
+            stats=stats,
             **groups,
             **{name: tensors[name] for name in plain},
         )
@@ -104,7 +124,14 @@ class Rollout:
         return rollout
 
     def check(self) -> None:
-        """Raise ValueError when lengths or names disagree or a number is not finite."""
+        """Raise ValueError when types, lengths or names disagree or a number is not finite."""
+        for name, (dtype, num_axes) in (_ROW_FIELDS | _EPISODE_FIELDS).items():
+            value = getattr(self, name)
+            if value.dtype != dtype or value.dim() != num_axes:
+                raise ValueError(
+                    f"rollout: {name} is {value.dtype} with {value.dim()} axes instead of {dtype} with {num_axes}; "
+                    "update the actor's package"
+                )
         for name in _EPISODE_FIELDS:
             if len(getattr(self, name)) != len(self.episode_lengths):
                 raise ValueError(
@@ -112,34 +139,50 @@ class Rollout:
                 )
         if len(self.episode_lengths) == 0 or self.episode_lengths.min() < 1:
             raise ValueError(
-                f"rollout: episode_lengths is {self.episode_lengths.tolist()}, but every rollout has an episode and "
-                "every episode a chunk"
+                f"rollout: episode_lengths is {shown(self.episode_lengths.tolist())}, but every rollout has an episode "
+                "and every episode a chunk"
             )
         if not self.features or set(self.features) != set(self.final_features):
             raise ValueError(
                 f"rollout: features {sorted(self.features)} and final_features {sorted(self.final_features)} must "
                 "have the same names, at least one"
             )
-        num_rows = int(self.episode_lengths.sum())
+        # their sum in int64 could run over
+        num_rows = sum(self.episode_lengths.tolist())
         rows = {name: getattr(self, name) for name in _ROW_FIELDS}
         rows |= {f"features.{name}": value for name, value in self.features.items()}
         for name, value in rows.items():
-            if len(value) != num_rows:
-                raise ValueError(f"rollout: {name} has {len(value)} rows, the episodes have {num_rows}")
+            if _num_rows(value) != num_rows:
+                raise ValueError(f"rollout: {name} has {_num_rows(value)} rows, the episodes have {num_rows}")
         if (self.terminated & ~self.ended).any():
             raise ValueError("rollout: terminated is set in a row that is not its episode's last")
         num_truncated = int(self.truncated.sum())
         finals = {f"final_features.{name}": value for name, value in self.final_features.items()}
         for name, value in finals.items():
-            if len(value) != num_truncated:
+            if _num_rows(value) != num_truncated:
                 raise ValueError(
-                    f"rollout: {name} has {len(value)} rows for {num_truncated} truncated episodes"
+                    f"rollout: {name} has {_num_rows(value)} rows for {num_truncated} truncated episodes"
                 )
         for name, value in (rows | finals).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(
                     f"rollout: {name} holds a number that is not finite; the rollout is not used"
                 )
+        # a chunk takes a step at least, and executes no more than its rows
+        most = self.episode_lengths * self.chain.shape[2]
+        if ((self.env_steps < self.episode_lengths) | (self.env_steps > most)).any():
+            raise ValueError(
+                f"rollout: env_steps is {shown(self.env_steps.tolist())} in episodes of "
+                f"{shown(self.episode_lengths.tolist())} chunks of {self.chain.shape[2]} rows"
+            )
+
+
+def _num_rows(value: Tensor) -> int:
+    return value.shape[0] if value.dim() else 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:

@@ -34,7 +34,7 @@ ORDER: list[set[str]] = [
     # from what a user wrote to a config
     {"config"},
     {"inert", "options", "parsing"},
-    {"folders", "rules"},
+    {"folders"},
     {"registry"},
     # one iteration's data, the policy, the world
     {"rollout"},
@@ -43,6 +43,8 @@ ORDER: list[set[str]] = [
     # formulas
     {"noise"},
     {"ppo", "flow", "mlp"},
+    # what a value may be, and how a sentence shows one
+    {"rules"},
     # the finder is standard library only, so anybody may ask it what a command line selects
     {"startup"},
     # the version

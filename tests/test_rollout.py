@@ -33,7 +33,7 @@ def make_rollout(lengths=LENGTHS, success=SUCCESS, seed=0) -> Rollout:
         chain=randn(rows, 2, 4, 5),
         step_index=torch.randint(0, 4, (rows, 1), generator=generator),
         gripper=torch.randint(0, 2, (rows, 2), generator=generator, dtype=torch.uint8),
-        log_prob=randn(rows),
+        log_prob=randn(rows, 1),
         rewards=terminated.float(),
         terminated=terminated,
         episode_lengths=torch.tensor(lengths),
@@ -163,8 +163,64 @@ def test_a_number_that_is_not_finite_is_refused(name, number):
 def test_a_header_without_a_version_is_refused():
     header, tensors = make_rollout().to_tensors()
     del header["policy_version"]
-    with pytest.raises(KeyError, match="policy_version"):
+    with pytest.raises(ValueError, match="policy_version is None; update"):
         Rollout.from_tensors(header, tensors)
+
+
+HEADERS = {
+    "version as text": {"policy_version": "7"},
+    "version as a flag": {"policy_version": True},
+    "version as a number": {"policy_version": 7.0},
+    "stats as a list": {"stats": [["a", 1.0]]},
+    "stats of nothing": {"stats": None},
+    "a text in stats": {"stats": {"env_s": "1"}},
+    "a flag in stats": {"stats": {"env_s": True}},
+    "not a number in stats": {"stats": {"env_s": math.nan}},
+    "infinity in stats": {"stats": {"env_s": -math.inf}},
+}
+
+
+@pytest.mark.parametrize("changes", HEADERS.values(), ids=HEADERS)
+def test_a_header_with_something_else_is_refused(changes):
+    header, tensors = make_rollout().to_tensors()
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"rollout: {name} is "):
+        Rollout.from_tensors(header | changes, tensors)
+    del header["stats"]
+    assert Rollout.from_tensors(header, tensors).stats == {}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_tensor_of_another_type_is_refused(name):
+    refuse(f"rollout: {name} is torch.float16 with ", **{name: lambda value: value.to(torch.float16)})
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_tensor_with_other_axes_is_refused(name):
+    refuse(rf"rollout: {name} is torch\.\w+ with 0 axes ", **{name: lambda value: value.flatten()[0]})
+    refuse(rf"rollout: {name} is torch\.\w+ with \d axes ", **{name: lambda value: value[None]})
+
+
+def test_features_without_axes_are_refused():
+    refuse("features.vlm has 0 rows, the episodes have 10", features__vlm=torch.tensor(1.0))
+    refuse("final_features.vlm has 0 rows for 2 truncated", final_features__vlm=torch.tensor(1.0))
+
+
+def test_lengths_whose_sum_would_run_over_are_refused():
+    lengths = torch.tensor([2**63 - 1, 2**63 - 1, 3, 9])
+    assert lengths.sum() == 10
+    refuse(f"chain has 10 rows, the episodes have {2**64 + 10}", episode_lengths=lengths)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 2, 13, 2**63 - 1, -(2**63)])
+def test_steps_that_no_episode_of_so_many_chunks_takes_are_refused(steps):
+    refuse("rollout: env_steps is ", env_steps=torch.tensor([steps, 4, 8, 16]))
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_the_fewest_and_the_most_steps_pass(steps):
+    rollout = dataclasses.replace(make_rollout(), env_steps=torch.tensor([steps, 4, 8, 16]))
+    assert_equal(Rollout.from_tensors(*rollout.to_tensors()), rollout)
 
 
 # --- joining ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 MAGIC = b"PIRL"
 FORMAT_VERSION = 1
-KINDS = {"weights": 1, "rollout": 2, "end": 3, "refusal": 4, "evaluation": 5}
+KINDS = {"weights": 1, "rollout": 2, "end": 3, "refusal": 4, "evaluation": 5, "ask": 6, "share": 7}
 _NAMES = {number: name for name, number in KINDS.items()}
 _HEADER = struct.Struct("<4sBBIQ32s")
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -30,7 +30,7 @@ ORDER: list[set[str]] = [
     {"evaluate", "videos"},
     {"collector"},
     {"algorithm"},
-    {"diagnostics", "objective", "probe", "targets", "value"},
+    {"admission", "diagnostics", "objective", "probe", "targets", "value"},
     # from what a user wrote to a config
     {"config"},
     {"inert", "options", "parsing"},

@@ -56,6 +56,12 @@ class PolicyAdapter(Protocol):
     def encode(self, batch: dict[str, Any]) -> Features:
         """Return everything of an observation that the trainable part reads; every tensor is ``[B, ...]``."""
 
+    def check_features(self, features: Features) -> None:
+        """Raise ValueError for features that :meth:`encode` cannot have made; an adapter may lack this.
+
+        They come over the wire, and an update that stumbles over them ends the run.
+        """
+
     def predict_x0(self, features: Features, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the predicted clean chunk ``[B, H, D]`` for ``x_t`` at per-sample times ``t`` ``[B]``."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lerobot_pirl import flow
 from lerobot_pirl.noise import NoiseHead
 from lerobot_pirl.policies.xvla_processors import LIBERO_DOMAIN_ID, make_processors
+from lerobot_pirl.rules import shown
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,31 @@ class XVLAAdapter:
             "proprio": inputs["proprio"].to(self.dtype),
             "domain_id": inputs["domain_id"].to(self.device),
         }
+
+    def check_features(self, features: dict[str, Tensor]) -> None:
+        """Raise ValueError for features that :meth:`encode` cannot have made."""
+        transformer, num_domains = self.model.transformer, self.policy.config.num_domains
+        room = transformer.pos_emb.shape[1] - self.model.chunk_size
+        width = self.policy.config.get_florence_config().vision_config.projection_dim
+        shapes = {name: tuple(value.shape[1:]) for name, value in features.items()}
+        vlm, aux = shapes.get("vlm_features", ()), shapes.get("aux_visual_inputs", ())
+        # the pooled view needs a token of the first, the sequence has room for so many of both
+        tokens_fit = len(vlm) == len(aux) == 2 and 1 <= vlm[0] <= vlm[0] + aux[0] <= room
+        wanted = {"vlm_features": (*vlm[:1], width), "aux_visual_inputs": (*aux[:1], width)}
+        if not tokens_fit or shapes != wanted | {"proprio": (self.model.dim_proprio,), "domain_id": ()}:
+            raise ValueError(
+                f"rollout: features have rows of shapes {shown(shapes)}, which this policy does not make; start the actor "
+                "with the learner's config"
+            )
+        for name, value in features.items():
+            if name != "domain_id" and not value.is_floating_point():
+                raise ValueError(f"rollout: features.{name} is {value.dtype} instead of floating point")
+        domain = features["domain_id"]
+        if domain.dtype != torch.int64 or ((domain < 0) | (domain >= num_domains)).any():
+            raise ValueError(
+                f"rollout: features.domain_id is {domain.dtype} with {shown(domain.unique().tolist())}, but must be int64 "
+                f"from 0 to {num_domains - 1}"
+            )
 
     def predict_x0(self, features: dict[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
         """Return the predicted clean chunk (gripper channels as logits), float32 ``[B, H, D]``."""

@@ -46,13 +46,35 @@ def fast(usable):
     env.close()
 
 
+def stock_env(task_id: int, task: str = "libero_10"):
+    """LeRobot's environment of a task, which would draw in whatever GL context is current."""
+    from lerobot.envs.libero import LiberoEnv, _get_suite
+
+    class StockEnv(LiberoEnv):
+        def make_current(self) -> None:
+            if self._env is not None:
+                self._env.sim._render_context_offscreen.gl_ctx.make_current()
+
+        def reset(self, seed=None, **kwargs):
+            self.make_current()
+            return super().reset(seed, **kwargs)
+
+        def step(self, action):
+            self.make_current()
+            return super().step(action)
+
+        def close(self):
+            self.make_current()
+            super().close()
+
+    kwargs = {key: value for key, value in config().gym_kwargs.items() if key != "task_ids"}
+    return StockEnv(_get_suite(task), task_id, task, control_mode="absolute", **kwargs)
+
+
 @pytest.fixture(scope="module")
 def stock(fast):
     """LeRobot's environment of the same task."""
-    from lerobot.envs.libero import LiberoEnv, _get_suite
-
-    kwargs = {key: value for key, value in config().gym_kwargs.items() if key != "task_ids"}
-    env = LiberoEnv(_get_suite("libero_10"), TASK, "libero_10", control_mode="absolute", **kwargs)
+    env = stock_env(TASK)
     env.reset(seed=0)
     yield env
     env.close()

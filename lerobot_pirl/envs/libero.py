@@ -1,83 +1,17 @@
-"""LeRobot's ``LiberoEnv``, rendering only the frames that a policy looks at.
+"""LeRobot's ``LiberoEnv`` around a faster simulator, and LIBERO's tasks.
 
-Rendering is over 90 % of a LIBERO step without a GPU. robosuite samples a camera a fixed number of substeps
-into a control step, so a frame rendered afterwards is not the frame that stepping gives. Here the camera
-observables stay enabled and keep their timers; only their sensor answers with the last frame while nobody
-looks. Frames, physics, proprioception and rewards are then bit-identical with the stock environment's.
+Frames, physics, proprioception and rewards are bit-identical with the stock environment's.
 """
 
 from functools import cache
 from typing import Any
 
-import numpy as np
 from lerobot.envs.configs import LiberoEnv as LiberoEnvConfig
 
 from lerobot_pirl.envs.check import prepare_libero
+from lerobot_pirl.envs.simulator import FastSimulator
 
 ROBOSUITE_HORIZON = 1000
-
-
-class LazyCameras:
-    """Stand-in for ``OffScreenRenderEnv`` inside ``LiberoEnv`` that decides which control steps render.
-
-    Args:
-        env: hf-libero's environment, already built.
-        camera_names: names of the camera observables, such as ``agentview_image``.
-        settle_steps: number of steps after a reset of which only the last renders.
-
-    Attributes:
-        enabled: whether steps after the settling render.
-    """
-
-    def __init__(self, env: Any, camera_names: list[str], settle_steps: int):
-        self._inner = env
-        self._camera_names = camera_names
-        self._settle_steps = settle_steps
-        self._settle_left = 0
-        self._rendering = True
-        self.enabled = True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def reset(self) -> dict:
-        """Reset; a hard reset makes new sensors, so the cameras are bound again each time."""
-        self._rendering = self._settle_steps == 0
-        observation = self._inner.reset()
-        self._bind()
-        self._settle_left = self._settle_steps
-        return observation
-
-    def set_init_state(self, state: np.ndarray) -> dict:
-        """Set the simulator's state, with frames only if no settle step follows to render them."""
-        self._rendering = self._settle_steps == 0
-        return self._inner.set_init_state(state)
-
-    def step(self, action: Any) -> tuple:
-        """Take a control step; during settling the last step alone renders, later ``enabled`` says."""
-        if self._settle_left > 0:
-            self._settle_left -= 1
-            self._rendering = self._settle_left == 0
-        else:
-            self._rendering = self.enabled
-        return self._inner.step(action)
-
-    def _bind(self) -> None:
-        for name in self._camera_names:
-            observable = self._inner.env._observables[name]
-            if not getattr(observable._sensor, "is_lazy", False):
-                # Observable.set_sensor would call the sensor once more, that is, render a frame.
-                observable._sensor = self._lazy_sensor(observable)
-
-    def _lazy_sensor(self, observable: Any) -> Any:
-        sensor = observable._sensor
-
-        def lazy(obs_cache: dict) -> np.ndarray:
-            return sensor(obs_cache) if self._rendering else observable._current_observed_value
-
-        lazy.__modality__ = sensor.__modality__
-        lazy.is_lazy = True
-        return lazy
 
 
 @cache
@@ -114,7 +48,7 @@ def fast_libero_class() -> type:
         def _ensure_env(self) -> None:
             if self._env is None:
                 super()._ensure_env()
-                self._env = LazyCameras(self._env, self.camera_name, self.num_steps_wait)
+                self._env = FastSimulator(self._env, self.num_steps_wait)
                 self._env.enabled = self._render_enabled
 
     return FastLiberoEnv

@@ -17,7 +17,7 @@ from lerobot_pirl.evaluate import evaluate, evaluation_specs
 from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
 from lerobot_pirl.policies.base import noise_head
 from lerobot_pirl.registry import RegistryError
-from lerobot_pirl.transport import LearnerClient
+from lerobot_pirl.transport import LearnerClient, security
 from lerobot_pirl.videos import EvaluationVideos
 from lerobot_pirl.weights import load_weights
 from lerobot_pirl.wire import Message
@@ -45,7 +45,13 @@ class Actor:
         self.metadata = describe_run(cfg, self.adapter, run_id="")
         self.answered: tuple[str, int] | None = None
         logger.info("metadata %s", one_line(self.metadata.to_dict()))
-        self.client = LearnerClient(wire.host, wire.port, wire.connect_timeout_s, on_wait=self._report_wait)
+        self.client = LearnerClient(
+            wire.host,
+            wire.port,
+            wire.connect_timeout_s,
+            on_wait=self._report_wait,
+            security=security.read(wire),
+        )
         self.client.connect()
         self.num_init_states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
         self.envs = make_chunk_envs(

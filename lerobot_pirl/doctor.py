@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
 import site
@@ -267,6 +266,7 @@ def check_libero(cfg: Any) -> Checks:
 def check_port(cfg: Any) -> Checks:
     """See whether a learner could listen where the config says."""
     from lerobot_pirl.options import WireConfig
+    from lerobot_pirl.transport import security
 
     wire = getattr(getattr(cfg, "algorithm", None), "wire", None) or WireConfig()
     name = f"port {wire.port}"
@@ -276,13 +276,11 @@ def check_port(cfg: Any) -> Checks:
         detail = f"algorithm.wire.host={wire.host!r} is no known host ({_sentence(error)}); use 127.0.0.1"
         yield Check(name, FAIL, detail)
         return
-    if not ipaddress.ip_address(address[0]).is_loopback:
-        yield Check(
-            name,
-            FAIL,
-            f"algorithm.wire.host={wire.host!r} is not a loopback address and a learner refuses it; use 127.0.0.1, "
-            "between machines through an SSH tunnel",
-        )
+    try:
+        wire.validate()
+        security.read(wire)
+    except ValueError as error:
+        yield Check(name, FAIL, _sentence(error))
         return
     with socket.socket(family, kind) as listener:
         # a learner that ended a minute ago does not count; one that listens does

@@ -19,7 +19,7 @@ from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
 from lerobot_pirl.plots import plot_run, read_metrics, summary
 from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.saving import Saver
-from lerobot_pirl.transport import LearnerServer
+from lerobot_pirl.transport import LearnerServer, security
 from lerobot_pirl.wire import Message
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Learner:
             self._resume()
         self.interrupts = launch.Interrupts()
         wire = cfg.algorithm.wire
-        self.server = LearnerServer(wire.host, wire.port)
+        self.server = LearnerServer(wire.host, wire.port, security=security.read(wire))
         self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
         # not before now: a learner that cannot start leaves no folder, and a run as it is
         self.lock = folders.lock(Path(cfg.output_dir))

@@ -32,6 +32,12 @@ VARIANT_OPTIONS = {
 }
 _STD_RANGE = rules.many("a list of two numbers from 1e-06 to 10", _NOISE, 2, 2)
 _COEFFICIENT = rules.number("a finite number >= 0", lambda value: value >= 0)
+# why an address is refused that others reach
+UNPROTECTED = (
+    "is no loopback address, and whoever reaches it could read and steer the run; give learner and actor the same "
+    "algorithm.wire.token_file, or algorithm.wire.tls_cert and algorithm.wire.tls_key, or use an SSH tunnel "
+    "(docs/security.md)"
+)
 _WIDTHS = rules.many("a list of 1 to 16 integers from 1 to 16384", rules.integer(1, 16384), 1, 16)
 
 
@@ -39,14 +45,31 @@ _WIDTHS = rules.many("a list of 1 to 16 integers from 1 to 16384", rules.integer
 class WireConfig:
     """Where the two processes meet; no field of it changes what is learned."""
 
-    # Address the learner listens on and the actor connects to; loopback, since nothing is encrypted.
-    host: str = option("127.0.0.1", rules.LOOPBACK)
+    # Address the learner listens on and the actor connects to; one that is not loopback wants a token or TLS.
+    host: str = option("127.0.0.1", rules.HOST)
     # TCP port of the learner; 0 lets it take a free one, which it logs.
     port: int = option(50051, rules.integer(0, 65535))
     # Seconds the actor tries to reach a learner before it gives up; first contact and every reconnection.
     connect_timeout_s: float = option(300.0, rules.POSITIVE)
     # Seconds the learner waits for a rollout before it gives up.
     rollout_timeout_s: float = option(3600.0, rules.POSITIVE)
+    # File with a secret of at least 16 bytes that learner and actor share; the learner refuses who does not have it.
+    token_file: str | None = option(None, rules.or_null(rules.FILE))
+    # File in PEM: this process's certificate and, behind it, its issuer's, which the other's must have too; turns TLS on.
+    tls_cert: str | None = option(None, rules.or_null(rules.FILE))
+    # File in PEM: private key of the certificate in `tls_cert`.
+    tls_key: str | None = option(None, rules.or_null(rules.FILE))
+
+    def validate(self) -> None:
+        """Check every value; raises ValueError with one sentence, also where a learner would listen to strangers."""
+        rules.check(self, WIRE_RULES, "algorithm.wire.")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError(
+                f"algorithm.wire.tls_cert={rules.shown(self.tls_cert)} and algorithm.wire.tls_key="
+                f"{rules.shown(self.tls_key)} do nothing without each other; give both or none"
+            )
+        if not rules.is_loopback(self.host) and self.token_file is None and self.tls_cert is None:
+            raise ValueError(f"algorithm.wire.host={rules.shown(self.host)} {UNPROTECTED}")
 
 
 @RLAlgorithmConfig.register_subclass(NAME)
@@ -233,7 +256,7 @@ class PiRLConfig(RLAlgorithmConfig):
         rules.check(self, ALGORITHM_RULES, "algorithm.")
         if not isinstance(self.wire, WireConfig):
             raise rules.refusal("algorithm.wire", self.wire, "options by name")
-        rules.check(self.wire, WIRE_RULES, "algorithm.wire.")
+        self.wire.validate()
         if self.gripper_temperature is not None and self.gripper == "exclude":
             raise ValueError(
                 f"algorithm.gripper_temperature={self.gripper_temperature} does nothing with "

@@ -1,6 +1,7 @@
 """What an option may be: a test of its value, and the same in words for the sentence that refuses it."""
 
 import ipaddress
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
@@ -66,17 +67,27 @@ def or_null(rule: Rule) -> Rule:
     return Rule(f"{rule.allowed} or null", lambda value: value is None or rule.holds(value))
 
 
-def _is_loopback(host: Any) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether an address is this machine's own, for sure: a name may lead anywhere."""
     try:
-        return host == "localhost" or (isinstance(host, str) and ipaddress.IPv4Address(host).is_loopback)
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
+def _is_host(host: Any) -> bool:
+    if not isinstance(host, str) or len(host) > 253:
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", host) is not None
+    return True
+
+
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-LOOPBACK = Rule(
-    "an IPv4 loopback address such as '127.0.0.1'; an SSH tunnel bridges two machines", _is_loopback
-)
+HOST = Rule("a host name or an IP address", _is_host)
+FILE = Rule("the name of a file", lambda value: isinstance(value, str) and value != "" and "\0" not in value)
 POSITIVE = number("a finite number > 0", lambda value: value > 0)
 
 

@@ -9,6 +9,7 @@ import grpc
 from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_pirl.transport.pieces import from_pieces, to_pieces
+from lerobot_pirl.transport.security import OPEN, Security, address
 from lerobot_pirl.transport.server import KEEPALIVE
 from lerobot_pirl.wire import MAX_BYTES, Message, decode, encode
 
@@ -30,6 +31,7 @@ class LearnerClient:
         connect_timeout: float,
         on_wait: Callable[[float], None] | None = None,
         max_bytes: int = MAX_BYTES,
+        security: Security = OPEN,
     ) -> None:
         """Prepare the connection; nothing is sent yet.
 
@@ -38,8 +40,10 @@ class LearnerClient:
             connect_timeout: seconds without a learner after which calls give up.
             on_wait: called with the seconds waited so far, at first contact problems and then once a minute.
             max_bytes: largest message accepted.
+            security: what the learner wants from its actors.
         """
-        self.address = f"{host}:{port}"
+        self.address = address(host, port)
+        self.security = security
         self.connect_timeout = connect_timeout
         self.on_wait = on_wait or (lambda seconds: None)
         self.max_bytes = max_bytes
@@ -59,13 +63,14 @@ class LearnerClient:
         report_at = 0.0
         while True:
             self.close()
-            channel = self._channel = grpc.insecure_channel(self.address, options=KEEPALIVE)
+            channel = self._channel = self.security.channel(self.address, KEEPALIVE)
             self._stub = services_pb2_grpc.LearnerServiceStub(channel)
             waited = time.monotonic() - started
             try:
-                self._stub.Ready(services_pb2.Empty(), timeout=5.0)
+                self._stub.Ready(services_pb2.Empty(), timeout=5.0, metadata=self.security.metadata)
                 break
             except grpc.RpcError as error:
+                self.security.explain(error, self.address)
                 if waited > self.connect_timeout:
                     raise ConnectionError(
                         f"no learner at {self.address} for {waited:.0f} s ({error.code().name}); start "
@@ -77,7 +82,7 @@ class LearnerClient:
                 report_at = waited + 60
             time.sleep(RETRY_S)
         self._weights = self._error = None
-        stream = self._stub.StreamParameters(services_pb2.Empty())
+        stream = self._stub.StreamParameters(services_pb2.Empty(), metadata=self.security.metadata)
         threading.Thread(target=self._listen, args=(stream, channel), name="weights", daemon=True).start()
 
     def _listen(self, stream: Iterable, channel: grpc.Channel) -> None:
@@ -140,7 +145,7 @@ class LearnerClient:
         while not self.ended:
             try:
                 pieces = to_pieces(data, services_pb2.Transition)
-                self._stub.SendTransitions(pieces, timeout=deadline)
+                self._stub.SendTransitions(pieces, timeout=deadline, metadata=self.security.metadata)
                 return
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -160,7 +165,7 @@ class LearnerClient:
         try:
             message = Message("refusal", {"reason": reason})
             pieces = to_pieces(encode(message), services_pb2.InteractionMessage)
-            self._stub.SendInteractions(pieces, timeout=10.0)
+            self._stub.SendInteractions(pieces, timeout=10.0, metadata=self.security.metadata)
         except grpc.RpcError as error:
             logger.warning("the learner could not be told: %s", error.code().name)
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from lerobot.transport import services_pb2, services_pb2_grpc
 
-from lerobot_pirl import rules
-from lerobot_pirl.transport.pieces import from_pieces, to_pieces
+from lerobot_pirl.transport.pieces import PIECE_BYTES, from_pieces, to_pieces
+from lerobot_pirl.transport.security import OPEN, Security, address
 from lerobot_pirl.wire import MAX_BYTES, Message, WireError, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -101,25 +101,28 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
 class LearnerServer:
     """The learner's end."""
 
-    def __init__(self, host: str, port: int, max_rollouts: int = 8, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        max_rollouts: int = 8,
+        max_bytes: int = MAX_BYTES,
+        security: Security = OPEN,
+    ) -> None:
         """Bind and serve.
 
         Raises:
-            ValueError: for an address that is not loopback.
+            ValueError: for an address that is not loopback without a token or TLS.
             OSError: when the port is taken.
         """
-        if not rules.LOOPBACK.holds(host):
-            raise ValueError(
-                f"algorithm.wire.host={host!r} is not allowed; it must be {rules.LOOPBACK.allowed}"
-            )
+        security.check_host(host)
         self._service = _Service(max_rollouts, max_bytes)
-        options = [("grpc.so_reuseport", 0), *KEEPALIVE]
-        self._server = grpc.server(ThreadPoolExecutor(SERVER_THREADS), options=options)
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 2 * PIECE_BYTES), *KEEPALIVE]
+        self._server = grpc.server(
+            ThreadPoolExecutor(SERVER_THREADS), interceptors=security.interceptors(), options=options
+        )
         services_pb2_grpc.add_LearnerServiceServicer_to_server(self._service, self._server)
-        try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError:
-            self.port = 0
+        self.port = security.bind(self._server, address(host, port))
         if self.port == 0:
             raise OSError(
                 f"port {port} on {host} is taken, perhaps by another learner; stop it or choose another one with "

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import gymnasium as gym
 import numpy as np
@@ -106,8 +107,19 @@ def assert_same(left: dict, right: dict, only: str = "") -> None:
 
 
 def physics_of(env) -> np.ndarray:
-    data = simulator(env).sim.data
-    return np.concatenate([data.qpos, data.qvel])
+    """All that the simulation goes on from."""
+    import mujoco
+
+    sim, parts = simulator(env).sim, mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(sim.model._model, parts))
+    mujoco.mj_getState(sim.model._model, sim.data._data, state, parts)
+    return state
+
+
+def model_of(env) -> dict[str, np.ndarray]:
+    model = simulator(env).sim.model._model
+    values = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
+    return {name: np.array(value) for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
 def pose(observation: dict, offset=(0.0, 0.0, 0.0), gripper: float = -1.0, turn: float = 0.0) -> np.ndarray:
@@ -272,6 +284,67 @@ def test_settling_is_not_part_of_the_episode(fast):
     assert fast.env.hard_step_limit == inner.horizon - inner.timestep
     assert fast.max_episode_steps == 520
     assert fast.step(wandering_actions(observation, CHUNK))[4]["episode_steps"] == CHUNK
+
+
+def test_reset_keeps_the_simulation_but_nothing_of_the_episode(fast, stock):
+    observation = start(fast, 0)
+    kept = simulator(fast).sim
+    for _ in range(2):
+        fast.step(np.tile(pose(observation, (0.05, 0.05, -0.1), 1.0), (CHUNK, 1)))
+    for name in ("geom_rgba", "body_mass", "body_pos", "site_rgba", "jnt_range", "light_diffuse"):
+        getattr(kept.model._model, name)[...] *= 0.5
+    shown, draws, models = [], [], []
+    for env in (fast, stock):
+        shown.append(start(env, 9, seed=11))
+        draws.append(np.random.get_state()[1:3])
+        models.append(model_of(env))
+    assert simulator(fast).sim is kept
+    assert_same(*shown)
+    assert_same(*models)
+    assert len(models[0]) > 300
+    np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+    # fixtures are placed by what numpy draws
+    np.testing.assert_array_equal(draws[0][0], draws[1][0])
+    assert draws[0][1] == draws[1][1]
+
+
+def test_another_xml_makes_another_simulation(fast, stock, monkeypatch):
+    before = simulator(fast).sim
+    monkeypatch.setattr(fast.env._env, "_xml", "of another scene")
+    assert_same(start(fast, 5), start(stock, 5))
+    assert simulator(fast).sim is not before
+    actions = wandering_actions(start(fast, 6), CHUNK)
+    start(stock, 6)
+    assert_same(fast.step(actions)[0], step_singly(stock, actions)[0])
+    np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+
+
+def test_grasping_and_pushing_moves_the_same_with_one_forward_pass(fast, monkeypatch):
+    """A hundred steps through the things on the table, against robosuite's own substeps."""
+
+    def push() -> list[np.ndarray]:
+        observation = start(fast, 3)
+        inner = simulator(fast)
+        thing = inner.sim.data.body_xpos[inner.obj_body_id["moka_pot_1"]].copy()
+        offset = thing - observation["robot_state"]["eef"]["pos"]
+        course = [
+            (offset + (0, 0, 0.1), -1.0),
+            (offset, -1.0),
+            (offset, 1.0),
+            (offset + (0.1, 0.1, 0.1), 1.0),
+        ]
+        states = [thing]
+        for shift, gripper in course:
+            for _ in range(5):
+                fast.step(np.tile(pose(observation, shift, gripper), (CHUNK, 1)))
+                states.append(physics_of(fast))
+        return [*states, inner.sim.data.body_xpos[inner.obj_body_id["moka_pot_1"]].copy()]
+
+    ours = push()
+    monkeypatch.setattr("lerobot_pirl.envs.simulator.one_forward_pass", lambda sim: nullcontext())
+    for state, expected in zip(ours, push(), strict=True):
+        np.testing.assert_array_equal(state, expected)
+    assert np.abs(ours[-1] - ours[0]).max() > 0.02
 
 
 # --- what it does ---------------------------------------------------------------------------------------------

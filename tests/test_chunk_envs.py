@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from functools import partial
 
 import gymnasium as gym
@@ -22,7 +23,7 @@ from lerobot_pirl.envs import (
     task_ids,
 )
 from lerobot_pirl.envs.chunk import _make_slot
-from lerobot_pirl.envs.workers import WorkerDied, WorkerEnvs
+from lerobot_pirl.envs.workers import WorkerDied, WorkerEnvs, WorkerHangs
 
 CHUNK = 5
 # workers import LeRobot once, in the fork server, but that may take its time on a busy machine
@@ -472,3 +473,83 @@ def test_worker_that_dies_while_it_builds_its_environment_is_named():
     assert isinstance(error, WorkerDied)
     assert "worker number 1 (pid" in str(error)
     assert "exit status 3) of 2 died" in str(error)
+
+
+FOR_GOOD = 10**6
+
+
+class Sleeper(CountingEnv):
+    """Falls asleep where its task says so."""
+
+    def step(self, action):
+        if self.task_id == 1:
+            time.sleep(FOR_GOOD)
+        return super().step(action)
+
+    def close(self):
+        if self.task_id == 2:
+            time.sleep(FOR_GOOD)
+
+
+@pytest.fixture
+def sleepers():
+    envs = WorkerEnvs([partial(ChunkEnv, Sleeper, CHUNK)] * 2)
+    envs.reset(seed=0)
+    yield envs
+    envs.close()
+
+
+def hurry(envs: WorkerEnvs) -> None:
+    """Let the workers, which have started, answer within a second from now on."""
+    envs._timeout_s = 1.0
+    for pipe in envs.parent_pipes:
+        pipe._timeout_s = 1.0
+
+
+def assert_hangs(error: BaseException | None, envs: WorkerEnvs, place: str) -> None:
+    assert isinstance(error, WorkerHangs)
+    sentence = str(error)
+    assert sentence.startswith("environment worker number ") and "\n" not in sentence
+    assert f"number 1 (pid {envs.processes[1].pid}, {place})" in sentence
+    assert f" of {envs.num_envs} has not answered for 1 s; " in sentence
+    assert "raise algorithm.env_timeout_s" in sentence
+    assert not any(process.is_alive() for process in envs.processes)
+    assert bounded(envs.close) is None
+
+
+def test_worker_that_sleeps_for_good_is_one_sentence_with_its_task(sleepers):
+    sleepers.set_attr("task_id", [0, 1])
+    sleepers.reset(seed=0)
+    hurry(sleepers)
+    actions = np.zeros((2, CHUNK, 7), np.float32)
+    assert_hangs(bounded(lambda: sleepers.step(actions)), sleepers, "at task 1")
+
+
+def test_worker_that_sleeps_while_it_closes_is_killed(sleepers, monkeypatch):
+    sleepers.set_attr("task_id", [0, 2])
+    sleepers.reset(seed=0)
+    monkeypatch.setattr("lerobot_pirl.envs.workers.CLOSE_TIMEOUT_S", 1.0)
+    assert bounded(sleepers.close) is None
+    assert sleepers.processes[1].exitcode == -signal.SIGKILL
+
+
+def test_worker_that_the_system_has_stopped_is_one_sentence_and_gone(workers):
+    workers.set_attr("task_id", 0)
+    hurry(workers)
+    os.kill(workers.processes[1].pid, signal.SIGSTOP)
+    assert_hangs(bounded(lambda: workers.set_attr("init_state_id", 1)), workers, "at task 0")
+
+
+def test_worker_that_is_never_built_is_one_sentence():
+    good = partial(_make_slot, tabletop(), CHUNK, None, 0)
+    error = bounded(lambda: WorkerEnvs([good, partial(time.sleep, FOR_GOOD)], timeout_s=1.0))
+    assert isinstance(error, WorkerHangs)
+    assert "being built) of 2 has not answered for 1 s" in str(error)
+
+
+def test_workers_get_the_time_that_is_given():
+    envs = make_chunk_envs(tabletop(), 1, CHUNK, use_async=True, timeout_s=123.0)
+    try:
+        assert [pipe._timeout_s for pipe in envs.parent_pipes] == [123.0]
+    finally:
+        envs.close()

@@ -169,6 +169,7 @@ def make_chunk_envs(
     n_action_steps: int,
     max_episode_steps: int | None = None,
     use_async: bool = False,
+    timeout_s: float = 600.0,
 ) -> gym.vector.VectorEnv:
     """Return ``n_envs`` slots of :class:`ChunkEnv` that never reset by themselves.
 
@@ -180,18 +181,20 @@ def make_chunk_envs(
         n_action_steps: actions in a chunk.
         max_episode_steps: step limit; None means the environment's own.
         use_async: one process per slot instead of all in this one.
+        timeout_s: seconds that such a process may take to be built, to reset or to step.
 
     Raises:
         ValueError: when the type is unsupported or a number is below 1.
         RuntimeError: when LIBERO is not usable here.
         WorkerDied: when a worker process does not come up.
+        WorkerHangs: when it takes too long.
     """
     if n_envs < 1:
         raise ValueError(f"the number of environments is {n_envs} but must be at least 1: raise it")
     first = task_ids(env_cfg)[0]
     maker = partial(_make_slot, env_cfg, n_action_steps, max_episode_steps, first)
     if use_async:
-        return WorkerEnvs([maker] * n_envs)
+        return WorkerEnvs([maker] * n_envs, timeout_s)
     return gym.vector.SyncVectorEnv([maker] * n_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 

@@ -71,6 +71,13 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def fuzz(session: nox.Session) -> None:
+    """Mutate messages, streams into a learner that trains, and configs, at length; report and memory in JSON."""
+    session.install(".[test]")
+    session.run("python", "-m", "benchmarks.fuzz", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=PYTHON)
 def soak_kills(session: nox.Session) -> None:
     """Kill a learner fifty times, and saves at every file-system operation; takes half an hour."""
     session.install(".[test]")

@@ -9,6 +9,7 @@ and zeros for the second arm.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
 
 REPO_ID = "local/demonstrations"
 DIM = 20
+# a gripper takes two to close
+SLIP_STEPS = 3
 
 type Expert = Callable[[Any], np.ndarray]
 
@@ -62,7 +65,50 @@ def make_dataset(root: Path, shape: tuple[int, int], fps: int) -> LeRobotDataset
     return LeRobotDataset.create(REPO_ID, fps=fps, features=features, root=root, use_videos=False)
 
 
-def record(dataset: LeRobotDataset, env: Any, expert: Expert, seed: int, max_steps: int, hold: int) -> bool:
+@dataclass
+class Slips:
+    """Commands go wrong for some steps on their way to the environment: the expert then shows how to recover.
+
+    A slip displaces the position by one draw, and in half of all slips the gripper does the opposite. What a policy
+    learns are the expert's own commands, as in DART (Laskey et al., arXiv 1703.09327).
+
+    Attributes:
+        prob: probability per step that a slip of ``SLIP_STEPS`` steps begins.
+        shift_std: std of the displacement per axis, metres.
+        rng: what is drawn from.
+    """
+
+    prob: float
+    shift_std: float
+    rng: np.random.Generator
+    _left: int = 0
+    _shift: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    _flip: bool = False
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """Return what is executed in place of the command ``action`` ``[7]``."""
+        if self._left == 0 and self.rng.random() < self.prob:
+            self._left = SLIP_STEPS
+            self._shift = self.rng.normal(0.0, self.shift_std, 3)
+            self._flip = bool(self.rng.random() < 0.5)
+        if self._left == 0:
+            return action
+        self._left -= 1
+        executed = action.copy()
+        executed[:3] += self._shift
+        executed[6] *= -1 if self._flip else 1
+        return executed
+
+
+def record(
+    dataset: LeRobotDataset,
+    env: Any,
+    expert: Expert,
+    seed: int,
+    max_steps: int,
+    hold: int,
+    slips: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> bool:
     """Add an episode to the dataset if the expert succeeds; returns whether it did.
 
     Args:
@@ -72,13 +118,14 @@ def record(dataset: LeRobotDataset, env: Any, expert: Expert, seed: int, max_ste
         seed: of the reset.
         max_steps: give up without a success in these.
         hold: frames after the success, so that the chunks of the last steps are whole.
+        slips: what is executed in place of the expert's command; not given, the command.
     """
     observation, _ = env.reset(seed=seed)
     succeeded_at = None
     for step in range(1, max_steps + hold + 1):
         action = expert(env)
         dataset.add_frame(frame(observation, action, env.task_description))
-        observation, _, _, _, info = env.step(action)
+        observation, _, _, _, info = env.step(slips(action) if slips else action)
         if info["is_success"] and succeeded_at is None:
             succeeded_at = step
         if succeeded_at is None and step == max_steps:
@@ -101,7 +148,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=32, help="height and width of the images in pixels")
     parser.add_argument("--hold", type=int, default=5, help="frames after the success")
+    parser.add_argument("--slips", type=float, default=0.0, help="probability per step that a slip begins")
+    parser.add_argument("--slip-shift", type=float, default=0.03, help="std of its displacement, metres")
     arguments = parser.parse_args()
+    slips = Slips(arguments.slips, arguments.slip_shift, np.random.default_rng(arguments.seed))
     env = TabletopTask(
         arguments.task,
         observation_height=arguments.size,
@@ -119,6 +169,7 @@ def main() -> None:
             10_000 + 1_000 * arguments.seed + number,
             env.task_spec.max_steps,
             arguments.hold,
+            slips,
         )
     dataset.finalize()
     print(f"{dataset.num_episodes} episodes, {dataset.num_frames} frames in {arguments.folder}")

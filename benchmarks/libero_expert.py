@@ -27,6 +27,7 @@ import numpy as np
 POINTING_DOWN = np.pi / np.sqrt(2) * np.array([1.0, 1.0, 0.0])
 OPEN, CLOSE = -1.0, 1.0
 MAX_STEPS = 100
+SLIP_SHIFT = 0.03
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def measure(task: PickAndPlace, env: Any, episodes: int, noise: float) -> dict[s
 
 
 def record_demonstrations(
-    task: PickAndPlace, env: Any, folder: Path, episodes: int, seed: int, hold: int
+    task: PickAndPlace, env: Any, folder: Path, episodes: int, seed: int, hold: int, slip_prob: float = 0.0
 ) -> dict[str, Any]:
     """Write successful episodes from drawn initial states into a new dataset; return what it holds.
 
@@ -230,8 +231,9 @@ def record_demonstrations(
         episodes: number of tries.
         seed: of the initial states and the resets.
         hold: frames after the success, which repeat what the expert then commands.
+        slip_prob: see :class:`benchmarks.demonstrations.Slips`.
     """
-    from benchmarks.demonstrations import make_dataset, record
+    from benchmarks.demonstrations import Slips, make_dataset, record
 
     env.reset(seed=seed)
     env._init_states = drawn_init_states(env, episodes, seed)
@@ -240,8 +242,9 @@ def record_demonstrations(
     shape = (env.observation_height, env.observation_width)
     dataset = make_dataset(folder, shape, env.control_freq)
     expert = partial(expert_action, task)
+    slips = Slips(slip_prob, SLIP_SHIFT, np.random.default_rng(seed))
     for number in range(episodes):
-        record(dataset, env, expert, seed + number, MAX_STEPS, hold)
+        record(dataset, env, expert, seed + number, MAX_STEPS, hold, slips)
     dataset.finalize()
     return {"episodes": dataset.num_episodes, "frames": dataset.num_frames, "folder": str(folder)}
 
@@ -259,13 +262,14 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=64, help="height and width of the pictures in pixels")
     parser.add_argument("--hold", type=int, default=10, help="frames of a demonstration after its success")
     parser.add_argument("--seed", type=int, default=0, help="of drawn states")
+    parser.add_argument("--slips", type=float, default=0.0, help="probability per step that a slip begins")
     options = parser.parse_args()
     os.environ.setdefault("MUJOCO_GL", "egl")
     task = TASKS[options.task]
     env = make_env(task, options.size)
     if options.record:
         report = record_demonstrations(
-            task, env, options.record, options.episodes, options.seed, options.hold
+            task, env, options.record, options.episodes, options.seed, options.hold, options.slips
         )
     else:
         env.reset(seed=0)

@@ -6,7 +6,7 @@ import torch
 from lerobot.envs.factory import make_env_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from benchmarks.demonstrations import frame, make_dataset, record, xvla_action
+from benchmarks.demonstrations import SLIP_STEPS, Slips, frame, make_dataset, record, xvla_action
 from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
 from tests.toy import tiny_config
 
@@ -71,3 +71,31 @@ def test_an_episode_ends_so_many_frames_after_its_success(tmp_path, succeeds_at,
 
 def test_an_episode_without_success_in_time_is_left_out(tmp_path):
     assert recorded(tmp_path, MAX_STEPS + 1, 3) == []
+
+
+def test_a_slip_displaces_some_steps_alike_and_may_turn_the_gripper_round():
+    slips = Slips(0.1, 0.03, np.random.default_rng(0))
+    command = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0], np.float32)
+    executed = np.array([slips(command) for _ in range(4000)])
+    wrong = (executed[:, :3] != command[:3]).all(axis=1)
+    # one in ten of the steps outside of a slip begins one
+    assert 0.2 < wrong.mean() < 0.27
+    shifts = executed[wrong, :3].reshape(-1, SLIP_STEPS, 3) - command[:3]
+    np.testing.assert_array_equal(shifts, shifts[:, :1].repeat(SLIP_STEPS, axis=1))
+    assert 0.025 < shifts[:, 0].std() < 0.035
+    assert 0.4 < (executed[wrong, 6] == -1).mean() < 0.6
+    np.testing.assert_array_equal(executed[~wrong], np.tile(command, (int((~wrong).sum()), 1)))
+    np.testing.assert_array_equal(executed[:, 3:6], np.tile(command[3:6], (4000, 1)))
+
+
+def test_frames_hold_the_experts_commands_and_not_the_slips(tmp_path):
+    dataset = make_dataset(tmp_path / "dataset", (SIZE, SIZE), fps=20)
+    env, executed = Counted(3), []
+    step = env.step
+    env.step = lambda action: executed.append(action[0]) or step(action)
+    assert record(
+        dataset, env, lambda env: np.full(7, 5.0, np.float32), 0, MAX_STEPS, 1, lambda action: action * 2
+    )
+    dataset.finalize()
+    assert executed == [10.0] * 4
+    assert [row[ACTION][0].item() for row in dataset] == [5.0] * 4

@@ -87,8 +87,10 @@ class PiRLConfig(RLAlgorithmConfig):
     noise_level: float = option(0.3, _NOISE)
     # flow_sde: std of the last step on position channels, in metres, 1e-6 to 10.
     last_step_std_position: float = option(0.005, _NOISE)
-    # flow_sde: std of the last step on 6-D rotation channels, 1e-6 to 10.
-    last_step_std_rotation: float = option(0.03, _NOISE)
+    # flow_sde: std of the last step on 6-D rotation channels, 1e-6 to 10; or 0: the last step does not explore rotation.
+    last_step_std_rotation: float = option(
+        0.03, rules.number("0 or a number from 1e-06 to 10", lambda value: value == 0 or 1e-6 <= value <= 10)
+    )
     # flow_sde: probability that the last step is the stochastic one, in (0, 1].
     last_step_prob: float = option(0.5, rules.number("a number in (0, 1]", lambda value: 0 < value <= 1))
     # flow_noise: lowest and highest std of every step on position channels, in metres, 1e-6 to 10.

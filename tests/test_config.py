@@ -332,7 +332,7 @@ VALUES = {
     "n_action_steps": (5, [1, 1000], [*NOT_AN_INTEGER, 0, 1001]),
     "noise_level": (0.5, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
     "last_step_std_position": (0.01, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
-    "last_step_std_rotation": (0.05, [1e-6, 10], [*NOT_POSITIVE, 1e-7, 11]),
+    "last_step_std_rotation": (0.05, [0, 1e-6, 10], [*NOT_A_COEFFICIENT, 1e-7, 11]),
     "last_step_prob": (0.7, [1e-9, 1], [*NOT_A_FRACTION, 0]),
     "noise_std_position": ((0.001, 0.01), [(1e-6, 10), (0.001, 0.0011)], NOT_A_STD_RANGE),
     "noise_std_rotation": ((0.02, 0.1), [(1e-6, 10), (0.01, 0.011)], NOT_A_STD_RANGE),

@@ -151,6 +151,20 @@ def test_noise_is_on_position_and_rotation_of_the_executed_rows_alone(adapter):
     assert torch.equal(table[:-1, 0, 0], early) and torch.equal(table[:-1, 3, 8], early)
 
 
+def test_rotation_can_be_left_out_of_the_last_step_alone():
+    quiet = tiny_adapter(last_step_std_rotation=0.0, last_step_prob=1.0)
+    table = quiet.noise_std
+    assert (table[-1, :, ROTATION] == 0).all() and (table[-1, :4, POSITION] > 0).all()
+    assert (table[:-1, :4, ROTATION] > 0).all()
+    features = features_for(quiet)
+    drawn = sample(quiet, features, last_step_prob=1.0)
+    times = flow.time_grid(len(table))
+    with torch.no_grad():
+        x0_pred = quiet.predict_x0(features, drawn.chain[:, 0], times[-2].expand(ROWS))
+    torch.testing.assert_close(drawn.chain[:, 1, :, ROTATION], x0_pred[:, :, ROTATION])
+    torch.testing.assert_close(recompute(quiet, features, drawn), drawn.log_prob, atol=1e-3, rtol=0)
+
+
 def test_changes_where_nothing_is_explored_do_not_change_the_log_prob(adapter):
     features = features_for(adapter)
     drawn = sample(adapter, features)
@@ -564,6 +578,42 @@ def test_the_tiny_config_is_valid():
         ("env", {"control_mode": "relative"}, r"env.control_mode='relative'.*to 'absolute'"),
         ("algorithm", {"n_action_steps": 9}, r"n_action_steps=9 exceeds policy.chunk_size=8; lower"),
         ("policy", {"num_domains": 3}, r"policy.num_domains=3 .* use 4 or more"),
+        # what would take an hour, or all memory, to find out about
+        ("policy", {"chunk_size": 129}, "policy.chunk_size=129 is not allowed; it must be at most 128"),
+        (
+            "policy",
+            {"tokenizer_max_length": 10**9},
+            "policy.tokenizer_max_length=1000000000 is not .* at most 128",
+        ),
+        (
+            "policy",
+            {"max_len_seq": 65537},
+            "policy.max_len_seq=65537 is not allowed; it must be at most 65536",
+        ),
+        ("policy", {"empty_cameras": 65}, "policy.empty_cameras=65 is not allowed; it must be at most 64"),
+        (
+            "policy",
+            {"resize_imgs_with_padding": (64, 4097)},
+            r"policy.resize_imgs_with_padding=\(64, 4097\) is not",
+        ),
+        (
+            "policy",
+            {"depth": 10**9},
+            r"policy.depth=1000000000, .* take about .* GiB, more than the .* GiB of this",
+        ),
+        ("policy", {"hidden_size": 10**7}, r"policy.hidden_size=10000000, .* GiB, more than the"),
+        ("policy", {"mlp_ratio": 1e12}, r"policy.mlp_ratio=1000000000000.0, .* GiB, more than the"),
+        (
+            "policy",
+            {"mlp_ratio": float("nan")},
+            r"policy.mlp_ratio=nan, .* take about nan GiB, more than the",
+        ),
+        ("policy", {"num_domains": 10**9}, r"policy.num_domains=1000000000 .* GiB, more than the"),
+        (
+            "policy",
+            {"len_soft_prompts": 10**9},
+            r"policy.len_soft_prompts=1000000000 take about .* GiB, more than the",
+        ),
     ],
 )
 def test_a_config_x_vla_cannot_run_is_refused(part, changes, match):

@@ -123,7 +123,8 @@ def one_forward_pass(sim: Any) -> Iterator[None]:
     """Let a control step compute a state's positions and velocities once instead of three times per substep.
 
     robosuite calls ``forward``, again in its controller, and then ``step``, which does the same once more.
-    Afterwards the simulation is as it would be, save for the force sensors, which neither LeRobot nor LIBERO reads.
+    Afterwards the simulation is as it would be. During it, what robosuite notes of the forces at the hand, which
+    neither LeRobot nor LIBERO reads, is that of the substep before.
 
     Args:
         sim: robosuite's ``MjSim``, whose control step must do nothing between ``forward`` and ``step`` but set

@@ -78,6 +78,13 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def learn(session: nox.Session) -> None:
+    """Demonstrations, lerobot-train, the recipe and lerobot-eval on the tabletop, with all controls; takes hours."""
+    session.install(".[test]")
+    session.run("python", "-m", "benchmarks.learn", *session.posargs)
+
+
+@nox.session(python=PYTHON)
 def soak_kills(session: nox.Session) -> None:
     """Kill a learner fifty times, and saves at every file-system operation; takes half an hour."""
     session.install(".[test]")

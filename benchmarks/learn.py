@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ EVAL_EPISODES = 200
 INIT_STATES = 50
 IMAGE_SIZE = 32
 SEEDS = (1, 2, 3)
+REPORT_EVERY_S = 60
 VARIANTS = ("flow_sde", "flow_noise")
 SHUFFLED = (
     "from benchmarks import learn; learn.shuffle_advantages(); from lerobot_pirl.learner import main; main()"
@@ -45,11 +46,21 @@ SHUFFLED = (
 
 @dataclass(frozen=True)
 class Task:
-    """A task and what its starting policy is made of."""
+    """A task and what its starting policy is made of.
+
+    Attributes:
+        name: of the tabletop's task.
+        demonstrations: number of recorded episodes.
+        slips: probability per step of them that a slip begins.
+        train_steps: of ``lerobot-train``.
+        step_limit: of an episode, in training and evaluation.
+    """
 
     name: str
     demonstrations: int
+    slips: float
     train_steps: int
+    step_limit: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Run:
         return f"{self.task}-{self.kind}-{self.seed}"
 
 
-TASKS = {task.name: task for task in (Task("reach", 6, 120), Task("pickup", 20, 350))}
+TASKS = {task.name: task for task in (Task("reach", 10, 0.0, 120, 10), Task("pickup", 100, 0.06, 1000, 25))}
 ANNOTATIONS = {
     "flow_sde": "Flow-SDE",
     "flow_noise": "Flow-Noise",
@@ -102,13 +113,13 @@ def all_runs() -> list[Run]:
         for seed in SEEDS
     ]
     sde = config("pickup", "flow_sde")
-    quiet = ("--algorithm.last_step_std_position=1e-5", "--algorithm.last_step_std_rotation=1e-5")
+    exclude = ("--algorithm.gripper=exclude", "--algorithm.gripper_temperature=null")
     for seed in SEEDS:
         runs += [
             Run("pickup", "rate_zero", seed, (sde, "--algorithm.learning_rate=0")),
             Run("pickup", "shuffled", seed, (sde,), ("-c", SHUFFLED)),
-            Run("pickup", "noise_off", seed, (sde, *quiet, "--algorithm.gripper=exclude")),
-            Run("pickup", "exclude", seed, (sde, "--algorithm.gripper=exclude")),
+            Run("pickup", "noise_off", seed, (sde, "--algorithm.last_step_std_position=1e-5", *exclude)),
+            Run("pickup", "exclude", seed, (sde, *exclude)),
             Run("pickup", "grpo", seed, (config("pickup", "grpo"),)),
         ]
     return runs
@@ -163,8 +174,9 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         show(f"{task.name}: {task.demonstrations} demonstrations")
         words = [sys.executable, "-m", "benchmarks.demonstrations", demos, f"--task={task.name}"]
+        words.append(f"--size={IMAGE_SIZE}")
         self.command(
-            f"{task.name}-record", [*words, f"--episodes={task.demonstrations}", f"--size={IMAGE_SIZE}"]
+            f"{task.name}-record", [*words, f"--episodes={task.demonstrations}", f"--slips={task.slips}"]
         )
         show(f"{task.name}: lerobot-train, {task.train_steps} steps")
         options = [
@@ -192,6 +204,7 @@ class Bench:
                 "--env.discover_packages_path=lerobot_pirl.envs",
                 "--env.type=tabletop",
                 f"--env.task={task}",
+                f"--env.episode_length={TASKS[task].step_limit}",
                 f"--env.observation_height={IMAGE_SIZE}",
                 f"--env.observation_width={IMAGE_SIZE}",
                 f"--eval.n_episodes={EVAL_EPISODES}",
@@ -256,8 +269,20 @@ class Bench:
                 pool.submit(self.command, f"{run.name}-{side}", [sys.executable, *start, *options])
                 for side, start in sides.items()
             ]
+            while wait(futures, timeout=REPORT_EVERY_S, return_when=FIRST_EXCEPTION).not_done:
+                show(f"{run.name}: {progress(self.folder / 'runs' / run.name)}")
             for future in futures:
                 future.result()
+
+
+def progress(folder: Path) -> str:
+    """Return how far a run is, by its log."""
+    log = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not records:
+        return "no update yet"
+    found = [record["eval/success_rate"] for record in records if "eval/success_rate" in record]
+    return f"update {records[-1]['iteration']}, success without noise {', '.join(f'{rate:.0%}' for rate in found[-5:])}"
 
 
 def tool(name: str) -> str:

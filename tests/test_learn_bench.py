@@ -1,0 +1,109 @@
+"""The learning benchmark: its configs are valid and agree with its evaluations, its report says what was measured."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import learn
+from lerobot_pirl import ppo, registry
+from lerobot_pirl.parsing import parse_config
+
+RUNS = {run.name: run for run in learn.all_runs()}
+
+
+@pytest.mark.parametrize("kind", sorted({(run.task, run.kind) for run in RUNS.values()}))
+def test_runs_train_on_what_is_evaluated(monkeypatch, kind):
+    task, name = kind
+    run = RUNS[f"{task}-{name}-1"]
+    monkeypatch.setattr(sys, "argv", ["learner", *run.options, "--seed=1"])
+    cfg = parse_config(registry.recipe("pi-rl").config_class)
+    cfg.validate(check_output_dir=False)
+    assert cfg.env.task == task
+    assert cfg.env.episode_length == learn.TASKS[task].step_limit
+    assert cfg.env.observation_height == cfg.env.observation_width == learn.IMAGE_SIZE
+    assert cfg.algorithm.max_episode_steps is None
+    assert cfg.algorithm.variant == ("flow_noise" if name == "flow_noise" else "flow_sde")
+    assert (cfg.algorithm.learning_rate == 0) == (name == "rate_zero")
+    assert (cfg.algorithm.advantage == "grpo") == (name == "grpo")
+    assert (cfg.algorithm.gripper == "exclude") == (task == "reach" or name in ("exclude", "noise_off"))
+
+
+def test_every_kind_of_run_has_every_seed_and_a_name_in_the_table():
+    for run in RUNS.values():
+        assert run.kind in learn.ANNOTATIONS
+        assert {f"{run.task}-{run.kind}-{seed}" for seed in learn.SEEDS} <= set(RUNS)
+    assert len(RUNS) == 3 * (2 * 2 + 5)
+
+
+def test_shuffling_gives_every_advantage_to_some_chunk(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(ppo, "normalize_advantages", ppo.normalize_advantages)
+    advantages = torch.arange(100.0)
+    normalized = ppo.normalize_advantages(advantages)
+    learn.shuffle_advantages()
+    shuffled = ppo.normalize_advantages(advantages)
+    assert not torch.equal(shuffled, normalized)
+    torch.testing.assert_close(shuffled.sort().values, normalized)
+
+
+class Commands(learn.Bench):
+    """Writes down commands in place of running them; ``prepare`` leaves its folder."""
+
+    def command(self, name, words):
+        words = [str(word) for word in words]
+        self.commands[name] = " ".join(words)
+        if name.endswith("-prepare"):
+            (self.folder / "start" / name.removesuffix("-prepare")).mkdir(parents=True)
+        if name.endswith("-eval"):
+            folder = self.folder / "evaluations" / name.removesuffix("-eval")
+            folder.mkdir(parents=True)
+            (folder / "eval_info.json").write_text('{"overall": {"pc_success": 37.5}}')
+
+
+def test_a_starting_policy_is_recorded_trained_and_prepared_once(tmp_path):
+    bench = Commands(tmp_path)
+    start = bench.start(learn.TASKS["pickup"])
+    assert list(bench.commands) == ["pickup-record", "pickup-train", "pickup-prepare"]
+    assert str(start) in bench.commands["pickup-prepare"]
+    bench.commands.clear()
+    assert bench.start(learn.TASKS["pickup"]) == start
+    assert bench.commands == {}
+
+
+def test_success_is_measured_by_lerobot_within_the_step_limit_on_fixed_and_on_other_states(tmp_path):
+    bench = Commands(tmp_path)
+    assert bench.measure("x", "pickup", tmp_path) == {"success": 0.375, "success_elsewhere": 0.375}
+    fixed, elsewhere = bench.commands["x-eval"], bench.commands["x-elsewhere-eval"]
+    for command in (fixed, elsewhere):
+        assert "lerobot-eval" in command and "--eval.n_episodes=200" in command
+        assert f"--env.episode_length={learn.TASKS['pickup'].step_limit}" in command
+    assert "init_states" not in fixed and "--env.init_states=false" in elsewhere
+    bench.commands.clear()
+    bench.measure("x", "pickup", tmp_path)
+    assert bench.commands == {}
+
+
+def test_progress_tells_the_update_and_the_last_evaluations(tmp_path):
+    assert learn.progress(tmp_path) == "no update yet"
+    records = [{"iteration": 0, "eval/success_rate": 0.25}, {"iteration": 7, "rollout/success_rate": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert learn.progress(tmp_path) == "update 7, success without noise 25%"
+
+
+def result(seed: int, success: float, seconds: float) -> dict:
+    run = {"task": "pickup", "kind": "flow_sde", "seed": seed, "seconds": seconds}
+    return run | {"success": success, "success_elsewhere": success - 0.05}
+
+
+def test_the_table_has_means_intervals_and_the_worst_seed():
+    starts = {"pickup": {"success": 0.4, "success_elsewhere": 0.35}}
+    results = [result(1, 0.96, 300), result(2, 0.98, 600), result(3, 1.0, 420)]
+    rows = learn.summarize(starts, results)
+    assert len(rows) == 1 and rows[0]["seeds"] == [1, 2, 3]
+    assert rows[0]["lowest"] == 0.96 and rows[0]["minutes"] == 10
+    line = learn.table(rows).splitlines()[-1]
+    # Student's t with two degrees of freedom: 4.303 * 0.02 / sqrt(3)
+    for part in ("Flow-SDE", "40.0%", "98.0 ± 5.0 %", "96.0%", "35.0%", "93.0 ± 5.0 %", "| 10 |"):
+        assert part in line

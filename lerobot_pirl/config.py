@@ -12,8 +12,9 @@ import torch
 from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import ParsingError
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from lerobot.configs import parser
+from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import EvalConfig
+from lerobot.envs.configs import EnvConfig
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR
 
@@ -36,6 +37,7 @@ RUN_RULES: Mapping[str, Rule] = {
     "allow_zero_baseline": rules.FLAG,
     "keep_last_n": rules.or_null(COUNT),
     "tensorboard": rules.FLAG,
+    "job_name": rules.or_null(rules.Rule("a text that can name a folder", rules.names_folder)),
     "accept_changes": rules.Rule("names with commas between them", lambda value: isinstance(value, str)),
 }
 EVAL_RULES: Mapping[str, Rule] = {"n_episodes": COUNT}
@@ -96,7 +98,9 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             FileExistsError: when the output folder exists and the run is not a resume.
         """
         if self.recipe != NAME:
-            raise ValueError(f"recipe={self.recipe!r} does not fit this config; it must be {NAME!r}")
+            raise ValueError(
+                f"recipe={rules.shown(self.recipe)} does not fit this config; it must be {NAME!r}"
+            )
         if self.algorithm is None:
             self.algorithm = PiRLConfig()
         if not isinstance(self.algorithm, PiRLConfig):
@@ -136,6 +140,10 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         if path:
             self.policy = parsing.read_policy_config(path)
         elif self.resume:
+            if parser.parse_arg("config_path") is None:
+                raise ValueError(
+                    "resume=True needs a config_path; name the train_config.json in a checkpoint's pretrained_model folder"
+                )
             self._resolve_resume_checkpoint()
             self._check_resume_checkpoint()
         elif self.accept_changes:
@@ -207,6 +215,8 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
         if not self.output_dir:
             started = f"{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
             self.output_dir = Path(f"outputs/train/{started}_{self.job_name}")
+        elif not rules.names_folder(str(self.output_dir)):
+            raise rules.refusal("output_dir", str(self.output_dir), "the name of a folder, of usual length")
         elif check_output_dir and not self.resume and Path(self.output_dir).exists():
             raise FileExistsError(
                 f"output_dir={self.output_dir} exists already; choose another one, or resume its run with "
@@ -216,7 +226,7 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
 
 def _disagreement(algorithm_type: Any) -> ValueError:
     return ValueError(
-        f"recipe={NAME!r} and algorithm.type={algorithm_type!r} disagree; remove `algorithm.type` or set it to "
+        f"recipe={NAME!r} and algorithm.type={rules.shown(algorithm_type)} disagree; remove `algorithm.type` or set it to "
         f"{NAME!r}"
     )
 
@@ -235,6 +245,11 @@ def _decode(raw: dict[str, Any], path: tuple[str, ...] = ()) -> PiRLTrainConfig:
         if raw["algorithm"]["type"] != NAME:
             raise _disagreement(raw["algorithm"]["type"])
         parsing.check_types(PiRLConfig, algorithm, ALLOWED, "algorithm.")
+    for name, family in (("policy", PreTrainedConfig), ("env", EnvConfig)):
+        group = raw.get(name)
+        kind = group.get("type") if isinstance(group, dict) else None
+        if isinstance(kind, str) and kind in family.get_known_choices():
+            parsing.check_types(family.get_choice_class(kind), group, ALLOWED, f"{name}.")
     try:
         return decode_dataclass(PiRLTrainConfig, raw, path)
     except ParsingError as error:

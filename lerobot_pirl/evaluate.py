@@ -1,6 +1,5 @@
 """Success without exploration, over a fixed set of episodes that every evaluation of a run repeats."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from lerobot_pirl.collector import Collector, Episode, EpisodeSpec, Progress, Watch, episode_specs
 from lerobot_pirl.policies.base import Features, native_actions
 from lerobot_pirl.rollout import derive_seed
+from lerobot_pirl.rules import is_finite, shown
 
 # stands where collection has the policy's version, which never gets there
 _TAG = int.from_bytes(b"eval")
@@ -83,9 +83,9 @@ class Evaluation:
         if missing:
             raise ValueError(f"the evaluation has no tensor {', '.join(missing)}; update the actor's package")
         seconds = header.get("seconds")
-        if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        if not is_finite(seconds):
             raise ValueError(
-                f"evaluation: seconds is {seconds!r} instead of a number; update the actor's package"
+                f"evaluation: seconds is {shown(seconds)} instead of a number; update the actor's package"
             )
         evaluation = cls(seconds=float(seconds), **{name: tensors[name] for name in _FIELDS})
         evaluation.check()

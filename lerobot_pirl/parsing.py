@@ -26,6 +26,8 @@ from lerobot_pirl.rules import refusal
 
 SUFFIXES = (".json", ".yaml", ".yml")
 HELP = "--help lists the options"
+# longer ones are what somebody wrote for a value
+_LONGEST_WORD = 300
 # draccus's words for what its cause tells better
 _WORDY = ("Could not decode the value into any", "Failed when parsing value", "Couldn't instantiate class")
 
@@ -225,7 +227,7 @@ def sentence(
     message = _line(next((m for m in messages if not m.startswith(_WORDY)), messages[-1]))
     name = ".".join(path)
     if message.startswith("The fields `"):
-        unknown = [".".join((*path, field)) for field in re.findall("`([^`]*)`", message)]
+        unknown = [".".join((*path, field)) or "''" for field in re.findall("`([^`]*)`", message)]
         return f"unknown option {', '.join(unknown)}; {HELP}"
     if choice := re.match("Couldn't find a choice class for ('.*?') in ", message):
         return f"{name}.type={choice[1]} is unknown; {HELP}"
@@ -233,5 +235,5 @@ def sentence(
 
 
 def _line(text: object) -> str:
-    """Return a text on one line."""
-    return " ".join(str(text).split())
+    """Return a text on one line, values of any length cut short."""
+    return " ".join(word if len(word) <= _LONGEST_WORD else f"{word[:100]}..." for word in str(text).split())

@@ -1,6 +1,5 @@
 """What one iteration's collection leaves behind: a row per executed chunk, ordered by episode."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lerobot_pirl.ppo import compute_gae
-from lerobot_pirl.rules import shown
+from lerobot_pirl.rules import is_finite, shown
 
 # per row of a rollout, with type and number of axes; features come on top, with a prefix
 _ROW_FIELDS = {
@@ -112,7 +111,7 @@ class Rollout:
         version, stats = header.get("policy_version"), header.get("stats", {})
         if type(version) is not int:
             raise ValueError(f"rollout: policy_version is {shown(version)}; update the actor's package")
-        if not isinstance(stats, dict) or not all(map(_is_finite, stats.values())):
+        if not isinstance(stats, dict) or not all(map(is_finite, stats.values())):
             raise ValueError(f"rollout: stats is {shown(stats)} instead of numbers by name")
         rollout = cls(
             policy_version=version,
@@ -179,10 +178,6 @@ class Rollout:
 
 def _num_rows(value: Tensor) -> int:
     return value.shape[0] if value.dim() else 0
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:

@@ -27,14 +27,15 @@ def integer(low: int, high: int) -> Rule:
     return Rule(f"an integer from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
-def number(allowed: str, holds: Callable[[float], bool]) -> Rule:
-    """Return the rule for finite numbers of which ``holds`` is true; true and false are none."""
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold; true and false are none."""
     limit = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit
 
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit
 
-    return Rule(allowed, lambda value: is_number(value) and holds(value))
+def number(allowed: str, holds: Callable[[float], bool]) -> Rule:
+    """Return the rule for finite numbers of which ``holds`` is true."""
+    return Rule(allowed, lambda value: is_finite(value) and holds(value))
 
 
 def between(low: float, high: float) -> Rule:
@@ -83,6 +84,16 @@ def _is_host(host: Any) -> bool:
     except ValueError:
         return re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", host) is not None
     return True
+
+
+def names_folder(value: Any) -> bool:
+    """Return whether a text can be part of a path: without NUL, and no longer than file systems take."""
+    return (
+        isinstance(value, str)
+        and "\0" not in value
+        and len(value) <= 1000
+        and all(len(part.encode(errors="replace")) <= 200 for part in value.split("/"))
+    )
 
 
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))

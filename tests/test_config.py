@@ -414,7 +414,7 @@ WIRE_VALUES = {
 }
 
 
-# options that may be any text, or nearly
+# options that may be any text, or nearly; a command line gives 5 for what a file would write as "5"
 FREE_TEXTS = ("host", "token_file", "tls_cert", "tls_key")
 
 
@@ -473,7 +473,7 @@ def test_what_a_file_holds_instead_of_a_value_is_refused_before_it_is_converted(
     kind = typing.get_args(hint)[0] if optional else hint
     kind = typing.get_origin(kind) or kind
     for value in RAW_INSTEAD_OF[dict if dataclasses.is_dataclass(kind) else kind]:
-        if value is None and optional or value == "nonsense" and name in FREE_TEXTS:
+        if value is None and optional or name in FREE_TEXTS and value in ("nonsense", 0, True):
             continue
         options = {"wire": {name: value}} if prefix else {name: value}
         message = refused(with_algorithm(**options))

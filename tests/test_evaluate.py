@@ -310,6 +310,8 @@ def test_an_evaluation_crosses_the_wire():
         ({"success": torch.tensor(True)}, r"success has shape \(\)"),
         ({"seconds": None}, "seconds is None instead of a number"),
         ({"seconds": float("inf")}, "seconds is inf instead of a number"),
+        ({"seconds": 10**400}, "seconds is 1000"),
+        ({"seconds": True}, "seconds is True instead of a number"),
     ],
 )
 def test_a_received_evaluation_that_makes_no_sense_is_refused(changes, words):

@@ -177,6 +177,7 @@ HEADERS = {
     "a flag in stats": {"stats": {"env_s": True}},
     "not a number in stats": {"stats": {"env_s": math.nan}},
     "infinity in stats": {"stats": {"env_s": -math.inf}},
+    "more than a float holds in stats": {"stats": {"env_s": 10**400}},
 }
 
 

@@ -29,8 +29,9 @@ from lerobot.utils.constants import (
 
 from lerobot_pirl.envs import tabletop_physics as physics
 from lerobot_pirl.envs.tabletop_task import TabletopTask
+from lerobot_pirl.rules import refusal
 
-MIN_IMAGE_SIZE = 16
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 4096
 STATE_SHAPES = {
     LIBERO_KEY_EEF_POS: (3,),
     LIBERO_KEY_EEF_QUAT: (4,),
@@ -90,15 +91,15 @@ class TabletopEnv(EnvConfig):
                 f"env.control_mode={self.control_mode!r} is not possible, tabletop moves to absolute poses; set it "
                 "to 'absolute'"
             )
-        for name, minimum in (
-            ("observation_height", MIN_IMAGE_SIZE),
-            ("observation_width", MIN_IMAGE_SIZE),
-            ("episode_length", 1),
-            ("fps", 1),
+        for name, low, high in (
+            ("observation_height", MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+            ("observation_width", MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+            ("episode_length", 1, 1_000_000),
+            ("fps", 1, 1000),
         ):
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"env.{name}={value} is not allowed; it must be an integer >= {minimum}")
+            if value is not None and not low <= value <= high:
+                raise refusal(f"env.{name}", value, f"an integer from {low} to {high}")
         self.selected_tasks()
         image = PolicyFeature(FeatureType.VISUAL, (self.observation_height, self.observation_width, 3))
         self.features[LIBERO_KEY_PIXELS_AGENTVIEW] = image

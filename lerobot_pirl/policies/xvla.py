@@ -7,6 +7,7 @@ explored, and neither is the gripper before the last step: the network does not 
 """
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from lerobot_pirl import flow
 from lerobot_pirl.noise import NoiseHead
 from lerobot_pirl.policies.xvla_processors import LIBERO_DOMAIN_ID, make_processors
-from lerobot_pirl.rules import shown
+from lerobot_pirl.rules import refusal, shown
 
 logger = logging.getLogger(__name__)
 
+# far beyond any X-VLA
+MAX_TOKENS, MAX_CAMERAS, MAX_PIXELS = 65536, 64, 4096
 POSITION, ROTATION, GRIPPER = slice(0, 3), slice(3, 9), 9
 
 
@@ -45,13 +48,47 @@ def domain_tables(names: Iterable[str], use_hetero_proj: bool) -> list[str]:
     return [name for name in names if any(f".{module}." in name for module in modules)]
 
 
+def _check_sizes(policy: Any) -> None:
+    """Refuse sizes that would take an hour, or all memory, to find out about."""
+    sequence = min(policy.max_len_seq, MAX_TOKENS)
+    limits = {
+        "max_len_seq": MAX_TOKENS,
+        "chunk_size": sequence,
+        "tokenizer_max_length": sequence,
+        "empty_cameras": MAX_CAMERAS,
+    }
+    for name, limit in limits.items():
+        if getattr(policy, name) > limit:
+            raise refusal(f"policy.{name}", getattr(policy, name), f"at most {limit}")
+    if (
+        policy.resize_imgs_with_padding is not None
+        and max(policy.resize_imgs_with_padding, default=0) > MAX_PIXELS
+    ):
+        raise refusal(
+            "policy.resize_imgs_with_padding",
+            policy.resize_imgs_with_padding,
+            f"two integers up to {MAX_PIXELS}",
+        )
+    layer = (4 + 2 * abs(policy.mlp_ratio)) * policy.hidden_size
+    domain = policy.len_soft_prompts + 2 * policy.max_action_dim + policy.max_state_dim + policy.dim_time
+    numbers = policy.hidden_size * (policy.depth * layer + policy.num_domains * domain)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not 4 * numbers <= memory:
+        raise ValueError(
+            f"policy.hidden_size={policy.hidden_size}, policy.depth={policy.depth}, policy.mlp_ratio={policy.mlp_ratio}, "
+            f"policy.num_domains={policy.num_domains} and policy.len_soft_prompts={policy.len_soft_prompts} take about "
+            f"{4 * numbers / 2**30:.3g} GiB, more than the {memory / 2**30:.3g} GiB of this machine; lower them"
+        )
+
+
 class XVLAAdapter:
     """piRL's view of an ``XVLAPolicy`` (see :class:`lerobot_pirl.policies.base.PolicyAdapter`)."""
 
     @staticmethod
     def validate(cfg: Any) -> None:
-        """Refuse run configs that X-VLA cannot run in a LIBERO-shaped environment."""
+        """Refuse run configs that X-VLA cannot run in a LIBERO-shaped environment, or nobody's machine."""
         policy = cfg.policy
+        _check_sizes(policy)
         if policy.action_mode != "ee6d":
             raise ValueError(
                 f"policy.action_mode={policy.action_mode!r} is not supported; X-VLA under piRL runs with 'ee6d'"

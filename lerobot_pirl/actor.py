@@ -1,8 +1,12 @@
-"""The actor: fetch version k, evaluate it where asked to, collect its episodes, send them."""
+"""The actor: fetch a policy version, evaluate it where asked to, collect the episodes that it is handed, send them."""
 
 import contextlib
 import logging
+import math
+import time
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lerobot_pirl import launch
 from lerobot_pirl.build import describe_run, make_adapter
-from lerobot_pirl.collector import Collector, episode_specs
+from lerobot_pirl.collector import Collector, episode_specs, next_of
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
+from lerobot_pirl.episodes import Episode, EpisodeSpec, assemble
 from lerobot_pirl.evaluate import evaluate, evaluation_specs
 from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
 from lerobot_pirl.policies.base import noise_head
@@ -25,8 +30,21 @@ from lerobot_pirl.wire import Message
 logger = logging.getLogger(__name__)
 
 
-class _RunIsOver(Exception):
-    """The learner ended while episodes were being collected; nobody will use them."""
+class _Useless(Exception):
+    """The run, or the iteration that is being collected, is over; nobody will use the rest."""
+
+
+@dataclass
+class _Tally:
+    """What has come of the episodes since the environments were last idle."""
+
+    episodes: int = 0
+    successes: int = 0
+    env_steps: int = 0
+    told: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("env_s", "inference_s", "collect_s"), 0.0)
+    )
+    started: float = field(default_factory=time.perf_counter)
 
 
 class Actor:
@@ -43,7 +61,12 @@ class Actor:
         wire = algorithm.wire
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
-        self.answered: tuple[str, int] | None = None
+        # learner process and version of the present weights
+        self.session, self.version = "", -1
+        self.evaluations: list[int] = []
+        self.waiting: list[EpisodeSpec] = []
+        # numbers that were handed to this actor and are not delivered
+        self.held: set[int] = set()
         logger.info("metadata %s", one_line(self.metadata.to_dict()))
         self.client = LearnerClient(
             wire.host,
@@ -82,18 +105,30 @@ class Actor:
         logger.info("waiting for the learner at %s:%d for %.0f s", wire.host, wire.port, seconds)
 
     def _show_progress(self, finished: int, successes: int) -> None:
-        if self.client.ended:
-            raise _RunIsOver
+        if self.client.ended or self._is_useless():
+            raise _Useless
         self.bar.n = finished
         self.bar.set_postfix(success=f"{successes}/{finished}")
 
-    def apply(self, message: Message) -> int:
-        """Load pushed weights after checking that they belong to this run; returns their version.
+    def _iteration(self, number: int) -> int:
+        return number // self.cfg.algorithm.episodes_per_iteration
+
+    def _is_useless(self) -> bool:
+        """Whether weights have come with which the learner wants nothing more of what is being collected."""
+        news = self.client.news
+        if news is None:
+            return False
+        oldest = news["policy_version"] if news.get("session") == self.session else math.inf
+        return all(self._iteration(number) < oldest for number in list(self.held))
+
+    def apply(self, message: Message) -> None:
+        """Load pushed weights after checking that they belong to this run; what is over with them is left.
 
         Raises:
             RunError: when the learner's metadata differ from this actor's; the learner is told why.
         """
         theirs = message.header.get("metadata")
+        session, version = message.header.get("session"), message.header.get("policy_version")
         theirs = theirs if isinstance(theirs, dict) else {}
         try:
             judge(self.metadata.to_dict(), theirs, "actor", "learner")
@@ -101,35 +136,57 @@ class Actor:
         except (MetadataMismatch, RegistryError, ValueError) as error:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error
-        version = int(message.header["policy_version"])
-        if self.answered is None:
+        if not self.session:
             logger.info("metadata of the learner %s", one_line(theirs))
         logger.info("policy version %d applied", version)
-        return version
+        self.evaluations, self.version = [], version
+        oldest = version if session == self.session else math.inf
+        self.waiting = [spec for spec in self.waiting if self._iteration(spec.number) >= oldest]
+        self.held.difference_update([n for n in list(self.held) if self._iteration(n) < oldest])
+        if session != self.session:
+            self.session = session
+            self.client.ask(session, self.envs.num_envs)
+
+    def _receive(self, share: Message) -> None:
+        """Note what the learner hands out; what belongs to weights of before is over."""
+        header, algorithm = share.header, self.cfg.algorithm
+        if header.get("session") != self.session:
+            return
+        if header.get("evaluate") and header.get("policy_version") == self.version:
+            self.evaluations.append(header["evaluate"])
+        for number in header.get("numbers", []):
+            # after a reconnection the learner hands out again what this actor may still have
+            if self._iteration(number) >= self.version and number not in self.held:
+                self.held.add(number)
+                self.waiting += episode_specs(self.num_init_states, number, 1, algorithm.resolved_group_size)
 
     def _start_bar(self, what: str, count: int) -> None:
         self.bar.reset(total=count)
         self.bar.set_postfix_str("", refresh=False)
         self.bar.set_description(what)
 
-    def _address(self, version: int, session: str) -> dict[str, Any]:
+    def _address(self) -> dict[str, Any]:
         """Return the header by which the learner process that asked knows the answer."""
-        return {"policy_version": version, "config_hash": self.metadata.config_hash, "session": session}
+        return {
+            "policy_version": self.version,
+            "config_hash": self.metadata.config_hash,
+            "session": self.session,
+        }
 
-    def evaluate(self, version: int, session: str, count: int) -> None:
+    def evaluate(self, count: int) -> None:
         """Run the run's fixed evaluation episodes without exploration and send what became of them."""
-        self._start_bar(f"evaluating policy {version}", count)
+        self._start_bar(f"evaluating policy {self.version}", count)
         specs = evaluation_specs(self.num_init_states, count)
         watch = None
         if self.cfg.env_eval_videos:
-            self.videos.begin(version)
+            self.videos.begin(self.version)
             watch = self.videos.watch
         evaluation = evaluate(self.collector, specs, watch=watch)
         header, tensors = evaluation.to_tensors()
-        self.client.send(Message("evaluation", header | self._address(version, session), tensors))
+        self.client.post(Message("evaluation", header | self._address(), tensors))
         logger.info(
             "policy version %d without noise: %d of %d episodes succeeded, in %.1f s",
-            version,
+            self.version,
             int(evaluation.success.sum()),
             count,
             evaluation.seconds,
@@ -137,44 +194,76 @@ class Actor:
         if self.videos.first:
             logger.info("%d videos in %s", len(self.videos.first), self.videos.folder)
 
-    def collect(self, version: int, session: str) -> None:
-        """Run the episodes of one iteration and send them to the learner process that asked for them."""
-        count = self.cfg.algorithm.episodes_per_iteration
-        self._start_bar(f"policy {version}", count)
-        group_size = self.cfg.algorithm.resolved_group_size
-        specs = episode_specs(self.num_init_states, version * count, count, group_size)
-        rollout = self.collector.collect(specs, version, self.cfg.algorithm.noise_scale(version))
-        header, tensors = rollout.to_tensors()
-        self.client.send(Message("rollout", header | self._address(version, session), tensors))
+    def collect(self) -> None:
+        """Run the episodes at hand, and those that are handed over meanwhile; each is sent when it has ended."""
+        self._start_bar(f"policy {self.version}", len(self.waiting))
+        tally = _Tally()
+        scale = self._noise_scale()
+        self.collector.explore(partial(self._next_episode, scale), scale, partial(self._send, tally))
         logger.info(
             "policy version %d: %d episodes, %d succeeded, %d env steps in %.1f s (env %.1f, inference %.1f)",
-            version,
-            count,
-            int(rollout.success.sum()),
-            int(rollout.env_steps.sum()),
-            rollout.stats["collect_s"],
-            rollout.stats["env_s"],
-            rollout.stats["inference_s"],
+            self.version,
+            tally.episodes,
+            tally.successes,
+            tally.env_steps,
+            time.perf_counter() - tally.started,
+            self.collector.seconds["env_s"],
+            self.collector.seconds["inference_s"],
         )
 
     def run(self) -> int:
+    def _next_iteration(self) -> int:
+        return min(self._iteration(spec.number) for spec in self.waiting)
+
+    def _noise_scale(self) -> float:
+        """Return the noise of the next episode: that of its iteration, whatever version acts in it."""
+        return self.cfg.algorithm.noise_scale(self._next_iteration())
+
+    def _next_episode(self, scale: float, previous: Episode | None) -> Episode | None:
+        """Return an episode of the first iteration that is not over, if it wants this noise and the present weights."""
+        known = len(self.waiting)
+        for share in self.client.pop_shares():
+            self._receive(share)
+        self.bar.total += len(self.waiting) - known
+        if not self.waiting or self.client.news or self._noise_scale() != scale:
+            return None
+        first = self._next_iteration()
+        candidates = [spec for spec in self.waiting if self._iteration(spec.number) == first]
+        spec = candidates[next_of(candidates, previous)]
+        self.waiting.remove(spec)
+        return self.collector.episode(spec, self.version)
+
+    def _send(self, tally: _Tally, episode: Episode) -> None:
+        """Post an episode that has ended, with the seconds since the one before."""
+        rollout = assemble([episode], self.version)
+        now = self.collector.seconds | {"collect_s": time.perf_counter() - tally.started}
+        rollout.stats |= {name: now[name] - before for name, before in tally.told.items()}
+        tally.told = now
+        tally.episodes += 1
+        tally.successes += episode.success
+        tally.env_steps += episode.env_steps
+        header, tensors = rollout.to_tensors()
+        address = self._address() | {"number": episode.spec.number}
+        self.client.post(Message("rollout", header | address, tensors))
+        # nobody reads them here any more
+        episode.rows, episode.final_features = [], None
+
         """Serve the learner until it ends; returns the exit status it implies."""
         while True:
-            message = self.client.next_weights()
+            message = self.client.next_message()
             if message.kind == "end":
                 ok = bool(message.header.get("ok"))
                 logger.info("the learner ended: %s", message.header.get("reason", ""))
                 return 0 if ok else launch.EXIT_FAILED
-            request = (message.header.get("session"), message.header.get("policy_version"))
-            # after a reconnection the same learner sends again what was answered
-            if request != self.answered:
-                version = self.apply(message)
-                with contextlib.suppress(_RunIsOver):
-                    if message.header.get("evaluate"):
-                        self.evaluate(version, request[0], message.header["evaluate"])
-                    if message.header.get("collect"):
-                        self.collect(version, request[0])
-                self.answered = request
+            if message.kind == "share":
+                self._receive(message)
+            else:
+                self.apply(message)
+            with contextlib.suppress(_Useless):
+                while self.evaluations:
+                    self.evaluate(self.evaluations.pop(0))
+                while self.waiting and not self.client.news:
+                    self.collect()
 
     def close(self) -> None:
         """Close environments and connection."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -11,17 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_pirl.policies.base import ActionSample, Features, PolicyAdapter, sample_actions
+from lerobot_pirl.episodes import Episode, EpisodeSpec, assemble, record, split_rows
+from lerobot_pirl.policies.base import Features, PolicyAdapter, sample_actions
 from lerobot_pirl.rollout import Rollout, derive_seed
-
-
-@dataclass(frozen=True)
-class EpisodeSpec:
-    """Which episode to run: its number in the walk, a task and one of its initial states."""
-
-    number: int
-    task_id: int
-    init_state_id: int
 
 
 def episode_specs(
@@ -42,37 +33,11 @@ def episode_specs(
     return specs
 
 
-@dataclass(eq=False)
-class Episode:
-    """An episode to run, and what has become of it.
-
-    Attributes:
-        spec: which one.
-        seed: of the environment's reset.
-        generator: of everything the policy draws; not given, it has the same seed.
-        rows: what was kept of every executed chunk.
-        final_features: of the last observation of a truncated episode, where rows are kept.
-        rewards: their sum.
-    """
-
-    spec: EpisodeSpec
-    seed: int
-    generator: torch.Generator | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    final_features: Features | None = None
-    done: bool = False
-    success: bool = False
-    rewards: float = 0.0
-    env_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.generator is None:
-            self.generator = torch.Generator().manual_seed(self.seed)
-
-
 # (features of B observations, B generators) -> policy actions [B, A, D] and what to keep of each, or None
 Act = Callable[[Features, list[torch.Generator]], tuple[Tensor, list[dict[str, Any]] | None]]
 Progress = Callable[[int, int], None]
+# the episode that ran in a free environment before, if any -> the next one for it, if any
+Take = Callable[[Episode | None], Episode | None]
 # an episode and what the policy is about to see of it, or the observation in which it has ended
 Watch = Callable[[Episode, dict[str, Any]], None]
 
@@ -104,7 +69,8 @@ class Collector:
         self.seed = seed
         self.on_progress = on_progress or (lambda finished, successes: None)
         self.tasks = [""] * envs.num_envs
-        self._seconds: dict[str, float] = {}
+        # of the present or the last run
+        self.seconds: dict[str, float] = {}
 
     def collect(self, specs: list[EpisodeSpec], policy_version: int, noise_scale: float = 1.0) -> Rollout:
         """Run the episodes with the policy as it is; finished environments take the next one in the list.
@@ -115,20 +81,32 @@ class Collector:
             noise_scale: see :func:`lerobot_pirl.policies.base.sample_actions`.
         """
         started = time.perf_counter()
-        episodes = [Episode(spec, derive_seed(self.seed, policy_version, spec.number)) for spec in specs]
-        gripper_flips = 0.0
+        episodes = [self.episode(spec, policy_version) for spec in specs]
+        self.explore(_taking(episodes), noise_scale)
+        rollout = assemble(episodes, policy_version)
+        rollout.stats |= self.seconds | {"collect_s": time.perf_counter() - started}
+        return rollout
+
+    def episode(self, spec: EpisodeSpec, policy_version: int) -> Episode:
+        """Return a fresh episode, seeded for a policy version."""
+        return Episode(spec, derive_seed(self.seed, policy_version, spec.number))
+
+    def explore(
+        self, take: Take, noise_scale: float, on_end: Callable[[Episode], None] | None = None
+    ) -> None:
+        """Run episodes with the policy as it is, and keep their rows, until there is none left.
+
+        Args:
+            take: gives the next episode to an environment that is free; asked again after every chunk.
+            noise_scale: see :func:`lerobot_pirl.policies.base.sample_actions`.
+            on_end: called with every episode that has ended.
+        """
 
         def act(features: Features, generators: list[torch.Generator]) -> tuple[Tensor, list[dict[str, Any]]]:
-            nonlocal gripper_flips
             sample = sample_actions(self.adapter, features, self.last_step_prob, generators, noise_scale)
-            gripper_flips += float(sample.gripper_flips.sum())
-            return sample.actions, _split_rows(features, sample)
+            return sample.actions, split_rows(features, sample)
 
-        self.run(episodes, act)
-        rollout = _assemble(episodes, policy_version)
-        elapsed = time.perf_counter() - started
-        rollout.stats = self._seconds | {"collect_s": elapsed, "gripper_flips": gripper_flips}
-        return rollout
+        self._run(take, act, on_end=on_end)
 
     def run(
         self,
@@ -145,13 +123,22 @@ class Collector:
             on_progress: in place of the collector's own.
             watch: sees every observation; the next one may overwrite it.
         """
+        self._run(_taking(episodes), act, on_progress, watch)
+
+    def _run(
+        self,
+        take: Take,
+        act: Act,
+        on_progress: Progress | None = None,
+        watch: Watch | None = None,
+        on_end: Callable[[Episode], None] | None = None,
+    ) -> None:
         on_progress = on_progress or self.on_progress
-        self._seconds = {"env_s": 0.0, "inference_s": 0.0}
-        waiting = list(episodes)
+        self.seconds = {"env_s": 0.0, "inference_s": 0.0}
+        finished = successes = 0
         slots: list[Episode | None] = [None] * self.envs.num_envs
-        observation = self._start_episodes(slots, waiting, None)
-        while not all(episode.done for episode in episodes):
-            active = [i for i, episode in enumerate(slots) if episode is not None and not episode.done]
+        observation = self._start_episodes(slots, take, None)
+        while active := [i for i, episode in enumerate(slots) if episode is not None and not episode.done]:
             _show(watch, slots, active, observation)
             with self._timed("inference_s"):
                 features = self._encode(observation, active)
@@ -160,23 +147,26 @@ class Collector:
             with self._timed("env_s"):
                 observation, rewards, _, _, infos = self.envs.step(actions)
             for i, row in zip(active, rows or [None] * len(active), strict=True):
-                _record(slots[i], row, float(rewards[i]), {name: values[i] for name, values in infos.items()})
-            _show(watch, slots, [i for i in active if slots[i].done], observation)
+                record(slots[i], row, float(rewards[i]), {name: values[i] for name, values in infos.items()})
+            ended = [i for i in active if slots[i].done]
+            _show(watch, slots, ended, observation)
             truncated = [i for i in active if infos["truncated"][i]]
             if rows and truncated:
                 with self._timed("inference_s"):
                     self._keep_final_features(slots, truncated, observation)
-            observation = self._start_episodes(slots, waiting, observation)
-            on_progress(sum(e.done for e in episodes), sum(e.success for e in episodes))
+            for episode in (slots[i] for i in ended):
+                finished, successes = finished + 1, successes + episode.success
+                if on_end:
+                    on_end(episode)
+            observation = self._start_episodes(slots, take, observation)
+            on_progress(finished, successes)
 
-    def _start_episodes(
-        self, slots: list[Episode | None], waiting: list[Episode], observation: Any | None
-    ) -> Any:
-        """Start waiting episodes in free slots and return the observation of all slots."""
+    def _start_episodes(self, slots: list[Episode | None], take: Take, observation: Any | None) -> Any:
+        """Start the next episodes in free slots and return the observation of all slots."""
         mask = np.zeros(len(slots), dtype=bool)
         for i, previous in enumerate(slots):
-            if waiting and (previous is None or previous.done):
-                slots[i] = _take(waiting, previous)
+            if (previous is None or previous.done) and (fresh := take(previous)):
+                slots[i] = fresh
                 mask[i] = True
         if not mask.any():
             return observation
@@ -215,15 +205,23 @@ class Collector:
     def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - started
+        self.seconds[name] += time.perf_counter() - started
 
 
-def _take(waiting: list[Episode], previous: Episode | None) -> Episode:
-    """Remove and return the first episode of the previous one's task, else the first: a new task costs a build."""
-    same = [e for e in waiting if previous is not None and e.spec.task_id == previous.spec.task_id]
-    episode = (same or waiting)[0]
-    waiting.remove(episode)
-    return episode
+def next_of(waiting: list[EpisodeSpec], previous: Episode | None) -> int:
+    """Return the position of the first episode of the previous one's task, else 0: a new task costs a build."""
+    tasks = [spec.task_id for spec in waiting]
+    task_id = previous.spec.task_id if previous else None
+    return tasks.index(task_id) if task_id in tasks else 0
+
+
+def _taking(episodes: list[Episode]) -> Take:
+    waiting = list(episodes)
+
+    def take(previous: Episode | None) -> Episode | None:
+        return waiting.pop(next_of([e.spec for e in waiting], previous)) if waiting else None
+
+    return take
 
 
 def _show(watch: Watch | None, slots: list[Episode | None], shown: list[int], observation: Any) -> None:
@@ -236,56 +234,3 @@ def _select(observation: Any, slots: list[int] | int) -> Any:
     if isinstance(observation, dict):
         return {key: _select(value, slots) for key, value in observation.items()}
     return observation[slots]
-
-
-def _split_rows(features: Features, sample: ActionSample) -> list[dict[str, Any]]:
-    """Return a row per sample, on the CPU, every tensor with a batch axis of 1."""
-    features = {name: value.cpu() for name, value in features.items()}
-    decision = {
-        "chain": sample.chain.cpu(),
-        "step_index": sample.step_index.cpu(),
-        "gripper": sample.gripper.cpu(),
-        "log_prob": sample.log_prob.cpu(),
-    }
-
-    def row(i: int) -> dict[str, Any]:
-        kept = {name: value[i : i + 1] for name, value in features.items()}
-        return {"features": kept} | {name: value[i : i + 1] for name, value in decision.items()}
-
-    return [row(i) for i in range(len(sample.log_prob))]
-
-
-def _record(episode: Episode, row: dict[str, Any] | None, reward: float, info: dict[str, Any]) -> None:
-    """Account for an executed chunk in its episode, and add its row where there is one."""
-    terminated = bool(info["terminated"])
-    if row is not None:
-        outcome = {"rewards": torch.tensor([reward]), "terminated": torch.tensor([terminated])}
-        episode.rows.append(row | outcome)
-    episode.rewards += reward
-    episode.env_steps += int(info["n_steps"])
-    episode.success = bool(info["is_success"])
-    episode.done = terminated or bool(info["truncated"])
-
-
-def _assemble(episodes: list[Episode], policy_version: int) -> Rollout:
-    rows = [row for episode in episodes for row in episode.rows]
-    finals = [episode.final_features for episode in episodes if episode.final_features is not None]
-    names = list(rows[0]["features"])
-
-    def per_episode(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64)
-
-    def final(name: str) -> Tensor:
-        return torch.cat([part[name] for part in finals]) if finals else rows[0]["features"][name][:0]
-
-    return Rollout(
-        policy_version=policy_version,
-        features={name: torch.cat([row["features"][name] for row in rows]) for name in names},
-        final_features={name: final(name) for name in names},
-        **{key: torch.cat([row[key] for row in rows]) for key in rows[0] if key != "features"},
-        episode_lengths=per_episode([len(episode.rows) for episode in episodes]),
-        task_id=per_episode([episode.spec.task_id for episode in episodes]),
-        init_state_id=per_episode([episode.spec.init_state_id for episode in episodes]),
-        success=torch.tensor([episode.success for episode in episodes]),
-        env_steps=per_episode([episode.env_steps for episode in episodes]),
-    )

@@ -44,7 +44,8 @@ def _trust_region(updates: Records, evaluations: Records) -> str | None:
 
 def _ratio(updates: Records, evaluations: Records) -> str | None:
     off = updates[-1].get("train/ratio_max_dev_first") if updates else None
-    if off is None or off <= 0.01:
+    # of an older policy's probabilities it is off by the updates in between
+    if off is None or off <= 0.01 or updates[-1].get("rollout/staleness"):
         return None
     return f"the learner does not find the actor's probabilities: before the first step a ratio is {off:.3f} off 1"
 

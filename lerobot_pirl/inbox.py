@@ -1,131 +1,245 @@
-"""What actors send to the learner: waited for, checked against the version that was asked for, or refused."""
+"""Hands out episodes to actors and takes what they send: checked, entered in the ledger, or refused."""
 
 import logging
+import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lerobot_pirl import launch
 from lerobot_pirl.evaluate import Evaluation
+from lerobot_pirl.ledger import EVALUATION, Ledger
 from lerobot_pirl.rollout import Rollout, concatenate
 from lerobot_pirl.transport import LearnerServer
 from lerobot_pirl.wire import Message
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.5
 REPORT_EVERY_S = 60
+# an episode repeats itself exactly, so what makes it useless seldom goes away
+MAX_USELESS = 3
 
 
-@dataclass
+@dataclass(eq=False)
 class Inbox:
-    """Receives the rollouts and evaluations of one learner process.
+    """The learner's desk: one thread serves the actors, also while the learner updates its policy.
 
     Attributes:
-        server: where messages come in.
+        server: where messages come in and shares go out.
+        ledger: says which episodes count.
+        address: ``config_hash`` and ``session``, which the header of a message must have.
         timeout_s: seconds without a useful message after which the learner gives up.
+        share_timeout_s: seconds without one after which an actor's episodes are handed to others.
         check_interrupts: called twice a second while waiting; raises to end the wait.
-        dropped: episodes that came and were not used, since :meth:`pop_dropped` told of them.
+        check_rollout: raises ValueError for a rollout that an update could not read.
     """
 
     server: LearnerServer
+    ledger: Ledger
+    address: dict[str, str]
     timeout_s: float
+    share_timeout_s: float
     check_interrupts: Callable[[], None]
-    dropped: int = 0
-    _rollouts: list[Message] = field(default_factory=list)
+    check_rollout: Callable[[Rollout], None] = lambda rollout: None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _rollouts: dict[int, Rollout] = field(default_factory=dict)
+    _evaluation: Evaluation | None = None
+    _num_evaluations: int = 0
+    _useless: Counter = field(default_factory=Counter)
+    _useful_at: float = 0.0
+    _failure: Exception | None = None
 
-    def rollout(self, wanted: dict[str, object], num_episodes: int) -> Rollout:
-        """Wait until so many episodes are in.
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._serve, name="inbox", daemon=True).start()
 
-        Args:
-            wanted: fields that a message's header must have: ``config_hash``, ``session`` and ``policy_version``.
-            num_episodes: how many.
+    def open(self, version: int, steps: int, num_evaluations: int) -> None:
+        """Let actors collect with a version that was published, after an evaluation of so many episodes, if any."""
+        with self._changed:
+            if version != self.ledger.version:
+                self._evaluation = None
+            self._num_evaluations = num_evaluations
+            self.ledger.open(version, steps, evaluate=num_evaluations > 0 and not self._evaluation)
+            self._hand_out()
+
+    def rollout(self, iteration: int) -> Rollout:
+        """Wait until all episodes of an iteration are in; return them in the order of their numbers.
+
+        Its ``stats`` hold the seconds of the actor that collected longest, and the mean ``staleness``.
 
         Raises:
-            RunError: when no actor delivered in time, or one delivered what cannot be used.
+            RunError: when no actor delivers in time, or one delivers again and again what cannot be used.
         """
-        rollouts: list[Rollout] = []
-        while sum(len(rollout.episode_lengths) for rollout in rollouts) < num_episodes:
-            message = self._rollouts.pop(0) if self._rollouts else self._wait(wanted, "rollout")
-            rollouts.append(_decode(Rollout, message))
-        return concatenate(rollouts)
+        numbers = self.ledger.numbers(iteration)
+        self._wait(lambda: not self.ledger.missing(iteration), "rollout")
+        with self._changed:
+            parts = [self._rollouts.pop(number) for number in numbers]
+            actors = [self.ledger.delivered[number][0] for number in numbers]
+        stats = _summed(parts, actors)
+        stats["staleness"] = sum(iteration - part.policy_version for part in parts) / len(parts)
+        return replace(concatenate(parts), policy_version=iteration, stats=stats)
 
-    def evaluation(self, wanted: dict[str, object]) -> Evaluation:
-        """Wait for the evaluation of a version; rollouts that come before it are kept.
+    def evaluation(self) -> Evaluation:
+        """Wait for the evaluation of the present version.
 
         Raises:
             RunError: as :meth:`rollout`.
         """
-        while (message := self._wait(wanted, "rollout", "evaluation")).kind == "rollout":
-            self._rollouts.append(message)
-        return _decode(Evaluation, message)
+        self._wait(lambda: self._evaluation is not None, "evaluation")
+        return self._evaluation
 
-    def forget(self) -> None:
-        """Drop what was kept: it is of a version that is over."""
-        self.dropped += sum(map(_num_episodes, self._rollouts))
-        self._rollouts.clear()
-
-    def pop_dropped(self) -> int:
-        """Return the number of episodes that were dropped since the last call."""
-        dropped, self.dropped = self.dropped, 0
-        return dropped
-
-    def _wait(self, wanted: dict[str, object], *kinds: str) -> Message:
-        """Return the next message of one of these kinds that is of the wanted version; others are logged."""
+    def _wait(self, is_there: Callable[[], bool], what: str) -> None:
         started = report_at = time.monotonic()
         while True:
             self.check_interrupts()
-            message = self.server.receive(timeout=0.5)
-            now = time.monotonic()
-            if message is None:
-                if now - started > self.timeout_s:
-                    raise launch.RunError(
-                        f"no {kinds[-1]} for {self.timeout_s:.0f} s with {self.server.num_actors} actors connected; "
-                        "start `python -m lerobot.rl.actor` with the same config or raise "
-                        "algorithm.wire.rollout_timeout_s"
-                    )
-                if now - report_at > REPORT_EVERY_S:
-                    report_at = now
-                    logger.info(
-                        "waiting for the %s of version %s; %d actors connected",
-                        kinds[-1],
-                        wanted["policy_version"],
-                        self.server.num_actors,
-                    )
-            elif message.kind == "refusal":
-                logger.error("an actor refused this learner and left:\n%s", message.header.get("reason", ""))
-            elif _fits(message, wanted) and message.kind in kinds:
-                return message
-            elif message.kind == "rollout":
-                self.dropped += _num_episodes(message)
+            with self._changed:
+                found = self._changed.wait_for(lambda: self._failure or is_there(), POLL_S)
+                if self._failure:
+                    raise self._failure
+                if found:
+                    return
+            now, actors = time.monotonic(), self.server.num_actors
+            if now - max(started, self._useful_at) > self.timeout_s:
+                raise launch.RunError(
+                    f"no {what} for {self.timeout_s:.0f} s with {actors} actors connected; "
+                    "start `python -m lerobot.rl.actor` with the same config or raise "
+                    "algorithm.wire.rollout_timeout_s"
+                )
+            if now - report_at > REPORT_EVERY_S:
+                report_at = now
+                logger.info(
+                    "waiting for the %s of version %s; %d actors connected", what, self.ledger.version, actors
+                )
 
+    def _serve(self) -> None:
+        """Take messages and hand out episodes until the server is closed."""
+        try:
+            while not self.server.closed:
+                message = self.server.receive(POLL_S)
+                with self._changed:
+                    if message is not None:
+                        self._take(message)
+                    self._look_around()
+                    self._hand_out()
+                    self._changed.notify_all()
+        except Exception as error:  # the learner must hear of it
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
 
-def _num_episodes(message: Message) -> int:
-    return len(message.tensors.get("episode_lengths", ()))
+    def _look_around(self) -> None:
+        connected = self.server.actors
+        for actor in set(self.ledger.peers) - set(connected):
+            logger.info("actor %s left", actor)
+            self.ledger.leave(actor, "its actor left")
+        self.ledger.return_overdue(time.monotonic(), self.share_timeout_s)
 
+    def _hand_out(self) -> None:
+        peers = self.ledger.peers
+        strangers = len(set(self.server.actors) - set(peers))
+        # who has least to do comes first
+        for actor in sorted(peers, key=lambda each: len(peers[each].holds)):
+            while numbers := self.ledger.hand(actor, strangers, time.monotonic()):
+                header = {"session": self.address["session"], "policy_version": self.ledger.version}
+                what = (
+                    {"evaluate": self._num_evaluations} if numbers == [EVALUATION] else {"numbers": numbers}
+                )
+                self.server.tell(actor, Message("share", header | what))
 
-def _fits(message: Message, wanted: dict[str, object]) -> bool:
-    for name, value in wanted.items():
-        if message.header.get(name) != value:
-            logger.error(
-                "refused one %s: its %s is %s, here %s",
-                message.kind,
-                name,
-                message.header.get(name),
-                value,
+    def _take(self, message: Message) -> None:
+        header, actor = message.header, str(message.header.get("actor", ""))
+        if message.kind == "refusal":
+            logger.error("an actor refused this learner and left:\n%s", header.get("reason", ""))
+            return
+        self.ledger.hear(actor, time.monotonic())
+        if message.kind == "ask":
+            self._let_join(actor, header)
+        elif reason := self._mismatch(message) or self._judge(message):
+            self._refuse(message, actor, reason)
+        else:
+            self._enter(message, actor)
+
+    def _let_join(self, actor: str, header: dict[str, Any]) -> None:
+        slots = header.get("slots")
+        # one that asked a learner of before will ask again, or leave
+        if header.get("session") == self.address["session"] and type(slots) is int and slots > 0:
+            logger.info("actor %s takes part, with %d environments", actor, slots)
+            self.ledger.join(actor, slots, time.monotonic())
+
+    def _mismatch(self, message: Message) -> str | None:
+        for name, value in self.address.items():
+            if (theirs := message.header.get(name)) != value:
+                return f"its {name} is {theirs}, here {value}"
+        return None
+
+    def _judge(self, message: Message) -> str | None:
+        version = message.header.get("policy_version")
+        if message.kind == "rollout":
+            return self.ledger.judge(message.header.get("number"), version)
+        if version != self.ledger.version:
+            return f"its policy_version is {version}, here {self.ledger.version}"
+        return (
+            None
+            if self._num_evaluations and not self._evaluation
+            else "it was not asked for, or is there already"
+        )
+
+    def _refuse(self, message: Message, actor: str, reason: str) -> None:
+        logger.error("refused one %s of actor %s: %s", message.kind, actor, reason)
+        if message.kind == "rollout":
+            header = message.header
+            self.ledger.refuse(actor, header.get("number"), header.get("policy_version"), reason)
+
+    def _enter(self, message: Message, actor: str) -> None:
+        number = message.header["number"] if message.kind == "rollout" else EVALUATION
+        try:
+            content = self._decode(message)
+        except (ValueError, KeyError, TypeError) as error:
+            self._refuse(message, actor, str(error))
+            self.ledger.reject(actor, number)
+            self._useless[number] += 1
+            if self._useless[number] == MAX_USELESS:
+                raise launch.RunError(
+                    f"the {message.kind} of policy version {self.ledger.version} is refused for the "
+                    f"{MAX_USELESS}rd time: {error}"
+                ) from error
+            return
+        self._useless.pop(number, None)
+        self._useful_at = time.monotonic()
+        if isinstance(content, Evaluation):
+            self._evaluation = content
+            self.ledger.accept(actor, EVALUATION, self.ledger.version)
+        else:
+            self._rollouts[number] = content
+            self.ledger.accept(actor, number, content.policy_version)
+
+    def _decode(self, message: Message) -> Rollout | Evaluation:
+        """Return what a message holds; raises ValueError, KeyError or TypeError when it is of no use."""
+        if message.kind == "evaluation":
+            evaluation = Evaluation.from_tensors(message.header, message.tensors)
+            if len(evaluation) != self._num_evaluations:
+                raise ValueError(
+                    f"an actor evaluated {len(evaluation)} episodes instead of eval.n_episodes={self._num_evaluations}; "
+                    "install the same lerobot-pirl on both sides"
+                )
+            return evaluation
+        rollout = Rollout.from_tensors(message.header, message.tensors)
+        if len(rollout.episode_lengths) != 1:
+            raise ValueError(
+                f"the rollout has {len(rollout.episode_lengths)} episodes instead of the one it names"
             )
-            return False
-    return True
+        self.check_rollout(rollout)
+        return rollout
 
 
-def _decode[T: (Rollout, Evaluation)](kind: type[T], message: Message) -> T:
-    """Return what a message holds.
-
-    Raises:
-        RunError: when it was made for the wanted weights and cannot be used; the next one would be the same.
-    """
-    try:
-        return kind.from_tensors(message.header, message.tensors)
-    except (ValueError, KeyError, TypeError) as error:
-        raise launch.RunError(
-            f"the {message.kind} of policy version {message.header.get('policy_version')} is refused: {error}"
-        ) from error
+def _summed(parts: list[Rollout], actors: list[str]) -> dict[str, float]:
+    """Return the seconds of the actor that collected longest, and the other numbers of all."""
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    stats = {"gripper_flips": 0.0}
+    for part, actor in zip(parts, actors, strict=True):
+        stats["gripper_flips"] += part.stats.get("gripper_flips", 0.0)
+        for name in ("collect_s", "env_s", "inference_s"):
+            seconds[actor][name] += part.stats.get(name, 0.0)
+    return stats | max(seconds.values(), key=lambda each: each["collect_s"])

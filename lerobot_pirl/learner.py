@@ -3,17 +3,19 @@
 import logging
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.utils.utils import format_big_number
 
-from lerobot_pirl import checkpoint, folders, health, launch, probe
+from lerobot_pirl import admission, checkpoint, folders, health, launch, probe
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import describe_run, log_overrides, make_adapter
 from lerobot_pirl.evaluate import ZERO_BASELINE
 from lerobot_pirl.inbox import Inbox
+from lerobot_pirl.ledger import Ledger, LedgerFile
 from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
 from lerobot_pirl.plots import plot_run, read_metrics, summary
@@ -47,17 +49,37 @@ class Learner:
             self._resume()
         self.interrupts = launch.Interrupts()
         wire = cfg.algorithm.wire
-        self.server = LearnerServer(wire.host, wire.port, security=security.read(wire))
-        self.inbox = Inbox(self.server, wire.rollout_timeout_s, self.interrupts.check)
+        self.server = LearnerServer(
+            wire.host, wire.port, peer_timeout_s=wire.peer_timeout_s, security=security.read(wire)
+        )
+        self.ledger = Ledger(cfg.algorithm.episodes_per_iteration, cfg.algorithm.max_staleness)
+        self.inbox = Inbox(
+            self.server,
+            self.ledger,
+            {"config_hash": self.metadata.config_hash, "session": self.session},
+            wire.rollout_timeout_s,
+            wire.share_timeout_s,
+            self.interrupts.check,
+            partial(admission.check, adapter=self.adapter),
+        )
         # not before now: a learner that cannot start leaves no folder, and a run as it is
         self.lock = folders.lock(Path(cfg.output_dir))
         if cfg.resume:
             checkpoint.lead_last_to(cfg, self.version)
         self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
+        self.ledger_file = LedgerFile(Path(cfg.output_dir), self.ledger, self.version)
         self.watch = health.Watch()
         for record in self.metrics.kept:
             self.watch.news(record)
-        self.saver = Saver(cfg, self.adapter, self.algorithm, self.metadata, self.progress, self.metrics)
+        self.saver = Saver(
+            cfg,
+            self.adapter,
+            self.algorithm,
+            self.metadata,
+            self.progress,
+            self.metrics,
+            self.ledger_file,
+        )
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
         logger.info("metadata %s", one_line(self.metadata.to_dict()))
@@ -107,41 +129,28 @@ class Learner:
         return progress.evaluated_version - progress.best_version >= patience * self.cfg.env_eval_freq
 
     def publish(self) -> None:
-        """Offer the present weights to all actors, with what they shall do with them."""
+        """Offer the present weights to all actors, and hand out what they shall do with them."""
         header = {
             "policy_version": self.version,
             "session": self.session,
-            "evaluate": self.cfg.eval.n_episodes if self._evaluation_is_due else 0,
-            "collect": self.version < self.cfg.steps,
             "metadata": self.metadata.to_dict(),
         }
         started = time.perf_counter()
         self.server.publish(Message("weights", header, self.algorithm.get_weights()))
         self.publish_s = time.perf_counter() - started
+        num_evaluations = self.cfg.eval.n_episodes if self._evaluation_is_due else 0
+        self.inbox.open(self.version, self.cfg.steps, num_evaluations)
         logger.debug("policy version %d published", self.version)
-
-    def _asked_for(self) -> dict[str, object]:
-        """Return what the header of a message must say to be about the present weights."""
-        return {
-            "config_hash": self.metadata.config_hash,
-            "session": self.session,
-            "policy_version": self.version,
-        }
 
     def receive(self) -> Rollout:
         """Wait until the episodes of this version are in; raises RunError when they do not come or are unusable."""
-        return self.inbox.rollout(self._asked_for(), self.cfg.algorithm.episodes_per_iteration)
+        return self.inbox.rollout(self.version)
 
     def evaluate(self) -> None:
         """Wait for the evaluation of this version where one is due; log it, and save the policy if it is the best."""
         if not self._evaluation_is_due:
             return
-        evaluation = self.inbox.evaluation(self._asked_for())
-        if len(evaluation) != self.cfg.eval.n_episodes:
-            raise launch.RunError(
-                f"an actor evaluated {len(evaluation)} episodes instead of eval.n_episodes={self.cfg.eval.n_episodes}; "
-                "install the same lerobot-pirl on both sides"
-            )
+        evaluation = self.inbox.evaluation()
         self.saver.forget_lost_best()
         progress = self.progress
         progress.evaluated_version = self.version
@@ -194,7 +203,8 @@ class Learner:
             "episodes": self.progress.episodes,
             "env_steps": self.progress.env_steps,
             **rollout_record(rollout),
-            "rollout/episodes_dropped": self.inbox.pop_dropped(),
+            "rollout/staleness": rollout.stats["staleness"],
+            "rollout/episodes_dropped": self.ledger.pop_unused(),
             **{f"train/{name}": value for name, value in stats.to_log_dict().items()},
             **probe.change_mm(before, after),
             "time/env_s": rollout.stats.get("env_s", 0.0),
@@ -203,10 +213,11 @@ class Learner:
             "time/transfer_s": max(0.0, received - started - collect_s) + self.publish_s,
             "time/iteration_s": updated - started + self.publish_s,
         }
+        self.ledger.train(rollout.policy_version)
+        self.ledger_file.write()
         self.metrics.write(record)
-        # until here weights, counters and log belong to no one version
+        # until here weights, counters, ledger and log belong to no one version
         self.updating = False
-        self.inbox.forget()
         if self.cfg.log_freq > 0 and (
             self.version % self.cfg.log_freq == 0 or self.version == self.cfg.steps
         ):
@@ -236,6 +247,8 @@ class Learner:
             ok = True
         finally:
             self.server.end(ok=ok, reason=reason)
+            self.ledger.drop(reason.partition("\n")[0])
+            self.ledger_file.write()
             self.metrics.close()
             self._draw()
             logger.info("end: %s", reason.partition("\n")[0])

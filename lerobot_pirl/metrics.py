@@ -65,7 +65,7 @@ class MetricsLog:
         if dropped or cut:
             fresh = self.path.with_suffix(".new")
             fresh.unlink(missing_ok=True)
-            _append(fresh, b"".join(kept))
+            append_lines(fresh, b"".join(kept))
             fresh.replace(self.path)
         self.board = self._open_board(board, iterations_done) if board else None
 
@@ -114,7 +114,7 @@ class MetricsLog:
 
     def _put_aside(self, lines: list[bytes], iteration: int) -> None:
         aside = self.path.with_name(f"{self.path.stem}.before-{iteration}{self.path.suffix}")
-        _append(aside, b"".join(lines))
+        append_lines(aside, b"".join(lines))
         logger.info(
             "%d lines of %s, of updates and evaluations after update %d, are done again; they are kept in %s",
             len(lines),
@@ -149,7 +149,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Write what a full disk has refused so far; raises OSError, naming the file, when it still does."""
         if self._unwritten:
-            _append(self.path, self._unwritten.encode())
+            append_lines(self.path, self._unwritten.encode())
         self._unwritten = ""
 
     def log_checkpoint(self, folder: Path) -> None:
@@ -170,7 +170,7 @@ class MetricsLog:
             self.wandb._wandb.finish()
 
 
-def _append(path: Path, data: bytes) -> None:
+def append_lines(path: Path, data: bytes) -> None:
     """Append whole lines or nothing, for good: a checkpoint is not on the disk before the lines of its updates."""
     try:
         with path.open("ab", buffering=0) as file:

@@ -53,6 +53,10 @@ class WireConfig:
     connect_timeout_s: float = option(300.0, rules.POSITIVE)
     # Seconds the learner waits for a rollout before it gives up.
     rollout_timeout_s: float = option(3600.0, rules.POSITIVE)
+    # Seconds without a rollout after which the learner hands an actor's episodes to others.
+    share_timeout_s: float = option(1800.0, rules.POSITIVE)
+    # Seconds, 3 to 3600, after which learner or actor take the other for gone when it does not answer at all.
+    peer_timeout_s: float = option(30.0, rules.between(3, 3600))
     # File with a secret of at least 16 bytes that learner and actor share; the learner refuses who does not have it.
     token_file: str | None = option(None, rules.or_null(rules.FILE))
     # File in PEM: this process's certificate and, behind it, its issuer's, which the other's must have too; turns TLS on.
@@ -114,6 +118,8 @@ class PiRLConfig(RLAlgorithmConfig):
 
     # Episodes of every iteration, over all environments and tasks.
     episodes_per_iteration: int = option(64, COUNT)
+    # Updates, 0 to 8, by which the policy that collects may be behind the one that learns; 0: actors wait for every update.
+    max_staleness: int = option(0, rules.integer(0, 8))
     # Environments that the actor steps side by side.
     n_envs: int = option(16, rules.integer(1, 1024))
     # Step the environments in worker processes instead of in the actor's own.

@@ -6,6 +6,7 @@ from typing import Any
 
 from lerobot_pirl import checkpoint
 from lerobot_pirl.launch import Interrupts
+from lerobot_pirl.ledger import LedgerFile
 from lerobot_pirl.metadata import Metadata
 from lerobot_pirl.metrics import MetricsLog
 
@@ -30,6 +31,7 @@ class Saver:
         metadata: Metadata,
         progress: checkpoint.Progress,
         metrics: MetricsLog,
+        ledger_file: LedgerFile,
     ) -> None:
         """Keep hold of all that a checkpoint holds; what a run resumes from counts as saved."""
         self.cfg = cfg
@@ -38,6 +40,7 @@ class Saver:
         self.metadata = metadata
         self.progress = progress
         self.metrics = metrics
+        self.ledger_file = ledger_file
         self.saved_version: int | None = algorithm.optimization_step if cfg.resume else None
         self.unsaved = False
         self.best_saved = progress.best_version, progress.best_success_rate
@@ -59,7 +62,8 @@ class Saver:
             return True
         self.forget_lost_best()
         try:
-            # the log of a checkpoint's iterations is on the disk before the checkpoint is
+            # log and ledger of a checkpoint's iterations are on the disk before the checkpoint is
+            self.ledger_file.flush()
             self.metrics.flush()
             path = checkpoint.save(self.cfg, self.adapter, self.algorithm, self.metadata, self.progress)
         except (checkpoint.CheckpointError, OSError) as error:

@@ -208,3 +208,9 @@ def test_every_warning_has_a_section_and_every_section_a_warning():
 @pytest.mark.parametrize("section", SYMPTOMS)
 def test_a_section_says_what_to_do(section):
     assert re.search(r"`(algorithm|policy|eval|env)[\w.]*`|`lerobot-", sections(TUNING)[section])
+
+
+def test_ratios_of_an_older_policy_are_no_fault():
+    older = {"train/ratio_max_dev_first": 0.35, "rollout/staleness": 0.5}
+    assert "Ratio off 1" not in found(updates(1, **older))
+    assert "Ratio off 1" in found(updates(1, **older | {"rollout/staleness": 0.0}))

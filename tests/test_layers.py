@@ -19,7 +19,7 @@ ORDER: list[set[str]] = [
     {"cli", "learner", "actor"},
     {"doctor", "inbox", "prepare", "saving"},
     {"launch"},
-    {"health", "plots"},
+    {"health", "ledger", "plots"},
     {"metrics"},
     {"build"},
     {"transport"},
@@ -29,6 +29,7 @@ ORDER: list[set[str]] = [
     {"wire"},
     {"evaluate", "videos"},
     {"collector"},
+    {"episodes"},
     {"algorithm"},
     {"admission", "diagnostics", "objective", "probe", "targets", "value"},
     # from what a user wrote to a config

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ import torch
 from lerobot_pirl import checkpoint, folders, metrics, saving
 from lerobot_pirl import learner as learner_module
 from lerobot_pirl.evaluate import Evaluation
+from lerobot_pirl.inbox import MAX_USELESS
 from lerobot_pirl.launch import RunError
 from lerobot_pirl.learner import Learner
 from lerobot_pirl.restore import CheckpointError
+from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.wire import Message, decode
 from tests.test_algorithm import make_rollout
 from tests.toy import tiny_config
@@ -43,13 +47,52 @@ def learner(tmp_path):
         signal.signal(number, handler)
 
 
+def episodes_of(rollout: Rollout) -> list[Rollout]:
+    """Return a rollout per episode."""
+    lengths = rollout.episode_lengths.tolist()
+    rows = dict.fromkeys(("chain", "step_index", "gripper", "log_prob", "rewards", "terminated"))
+    per_row = {name: getattr(rollout, name).split(lengths) for name in rows}
+    features = {name: value.split(lengths) for name, value in rollout.features.items()}
+    ends = iter(range(len(lengths)))
+    found = []
+    for i in range(len(lengths)):
+        finals = slice(0, 0) if per_row["terminated"][i][-1] else slice(end := next(ends), end + 1)
+        per_episode = ("episode_lengths", "task_id", "init_state_id", "success", "env_steps")
+        found.append(
+            Rollout(
+                policy_version=rollout.policy_version,
+                features={name: value[i] for name, value in features.items()},
+                final_features={name: value[finals] for name, value in rollout.final_features.items()},
+                **{name: value[i] for name, value in per_row.items()},
+                **{name: getattr(rollout, name)[i : i + 1] for name in per_episode},
+            )
+        )
+    return found
+
+
 def deliver(learner: Learner, version: int | None = None, **header) -> None:
-    """Hand over a rollout as an actor would send it."""
-    rollout = make_rollout(learner.adapter)
-    rollout.policy_version = learner.version if version is None else version
-    values, tensors = rollout.to_tensors()
-    values |= {"config_hash": learner.metadata.config_hash, "session": learner.session} | header
-    learner.server._service.inbox.put(Message("rollout", values, tensors))
+    """Hand over the episodes of a version as an actor would send them."""
+    if not learner.ledger.opened:
+        learner.publish()
+    version = learner.version if version is None else version
+    for i, rollout in enumerate(episodes_of(make_rollout(learner.adapter))):
+        rollout.policy_version = version
+        values, tensors = rollout.to_tensors()
+        values |= learner.inbox.address | {"number": version * EPISODES + i, "actor": "a"} | header
+        learner.server._service.inbox.put(Message("rollout", values, tensors))
+
+
+def answer(learner: Learner, then=lambda: None) -> None:
+    """Let whatever the learner asks for be delivered at once."""
+    publish = learner.publish
+
+    def publish_and_answer() -> None:
+        publish()
+        if learner.version < learner.cfg.steps:
+            deliver(learner)
+        then()
+
+    learner.publish = publish_and_answer
 
 
 def checkpoints(learner: Learner) -> list[str]:
@@ -66,7 +109,6 @@ def test_an_iteration_updates_publishes_and_logs(learner):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     published = decode(learner.server._service.published)
     assert published.header["policy_version"] == 1
-    assert published.header["collect"] is True
     assert all(torch.equal(published.tensors[name], after[name]) for name in after)
     (record,) = [json.loads(line) for line in learner.metrics.path.read_text().splitlines()]
     assert (record["iteration"], record["policy_version"], record["episodes"]) == (1, 0, EPISODES)
@@ -99,11 +141,11 @@ def test_episodes_that_are_not_used_are_counted_once(learner):
 
 def test_rollouts_that_came_with_an_evaluation_and_too_late_are_counted(learner):
     learner.cfg.env_eval_freq = 1
-    for _ in range(2):
-        deliver(learner)
+    deliver(learner)
     evaluated(learner, [True])
     learner.evaluate()
     learner.iterate()
+    deliver(learner, version=0)
     deliver(learner)
     evaluated(learner, [True])
     learner.evaluate()
@@ -133,8 +175,7 @@ def sick(learner, monkeypatch):
 
 
 def test_what_looks_wrong_is_told_once_and_at_the_end_with_its_updates(sick, caplog):
-    for version in range(2):
-        deliver(sick, version=version)
+    answer(sick)
     with caplog.at_level(logging.WARNING):
         sick.run()
     told = [r.message for r in caplog.records if SENTENCE in r.message]
@@ -194,19 +235,76 @@ def test_every_number_that_the_documentation_explains_is_logged(learner):
 
 def test_the_last_weights_are_not_to_be_collected_with(learner):
     for _ in range(2):
+        assert learner.ledger.opened == EPISODES * (learner.version + 1) or not learner.version
         deliver(learner)
         learner.iterate()
-    assert decode(learner.server._service.published).header["collect"] is False
+    assert learner.ledger.opened == EPISODES * 2
+    assert learner.ledger.waiting == []
 
 
-@pytest.mark.parametrize("header", [{"config_hash": "x"}, {"session": "former"}, {"policy_version": 1}])
-def test_a_rollout_made_for_other_weights_is_left_out(learner, header, caplog):
+OTHERS = [
+    ({"config_hash": "x"}, "its config_hash is x, here "),
+    ({"session": "former"}, "its session is former, here "),
+    ({"policy_version": 1}, "episode 0 was collected with policy version 1 instead of 0"),
+    ({"policy_version": None}, "episode 0 of policy version None was never asked for"),
+    ({"number": EPISODES}, f"episode {EPISODES} of policy version 0 was never asked for"),
+    ({"number": -1}, "episode -1 of policy version 0 was never asked for"),
+    ({"number": "0"}, "episode '0' of policy version 0 was never asked for"),
+    ({"number": True}, "episode True of policy version 0 was never asked for"),
+]
+
+
+@pytest.mark.parametrize(("header", "reason"), OTHERS, ids=[str(header) for header, _ in OTHERS])
+def test_a_rollout_made_for_other_weights_is_left_out(learner, header, reason, caplog):
     deliver(learner, **header)
     deliver(learner)
     rollout = learner.receive()
     assert len(rollout.episode_lengths) == EPISODES
-    name, value = next(iter(header.items()))
-    assert f"refused one rollout: its {name} is {value}" in caplog.text
+    assert caplog.text.count("refused one rollout of actor a: ") == EPISODES
+    assert f"refused one rollout of actor a: {reason}" in caplog.text
+    assert learner.ledger.pop_unused() == EPISODES
+
+
+def test_a_rollout_that_comes_twice_or_in_any_order_counts_once_in_its_place(learner, caplog):
+    learner.publish()
+    queue, put = learner.server._service.inbox, []
+    learner.server._service.inbox = SimpleNamespace(put=put.append)
+    deliver(learner)
+    learner.server._service.inbox = queue
+    for message in [*reversed(put), *put]:
+        queue.put(message)
+    rollout = learner.receive()
+    assert rollout.episode_lengths.tolist() == [3, 2, 4]
+    assert torch.equal(rollout.chain, make_rollout(learner.adapter).chain)
+    deadline = time.monotonic() + 10
+    while learner.ledger.unused < EPISODES and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert caplog.text.count("was delivered before") == EPISODES
+
+
+def test_an_update_reads_the_same_whoever_delivered_what_in_whatever_order(learner):
+    learner.publish()
+    message_queue, put = learner.server._service.inbox, []
+    learner.server._service.inbox = SimpleNamespace(put=put.append)
+    deliver(learner)
+    learner.server._service.inbox = message_queue
+    for i, message in enumerate(reversed(put)):
+        stats = {"collect_s": 0.5, "env_s": 0.1 * i, "gripper_flips": 1.0}
+        message.header.update(actor=f"actor {i}", stats=stats)
+        message_queue.put(message)
+    rollout, whole = learner.receive(), make_rollout(learner.adapter)
+    _, expected = whole.to_tensors()
+    _, found = rollout.to_tensors()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # the seconds of one actor, not the sum of those that collect at once
+    assert rollout.stats == {
+        "collect_s": 0.5,
+        "env_s": 0.0,
+        "inference_s": 0.0,
+        "gripper_flips": 3.0,
+        "staleness": 0.0,
+    }
 
 
 def test_rollouts_for_others_do_not_keep_a_learner_alive(learner):
@@ -223,16 +321,42 @@ def test_a_refusal_is_told_and_the_learner_waits_on(learner, caplog):
     assert "an actor refused this learner and left:\ngamma differs" in caplog.text
 
 
-def test_a_rollout_that_cannot_be_used_ends_the_run_with_its_reason_and_a_checkpoint(learner):
-    rollout = make_rollout(learner.adapter)
+def broken(learner: Learner) -> Message:
+    rollout = episodes_of(make_rollout(learner.adapter))[0]
     rollout.chain[0, 0, 0, 0] = torch.nan
     header, tensors = rollout.to_tensors()
-    header |= {"config_hash": learner.metadata.config_hash, "session": learner.session}
-    learner.server._service.inbox.put(Message("rollout", header, tensors))
-    with pytest.raises(RunError, match=r"rollout of policy version 0 is refused: .*chain"):
+    header |= learner.inbox.address | {"number": 0, "actor": "a"}
+    return Message("rollout", header, tensors)
+
+
+def test_a_rollout_that_cannot_be_used_is_refused_and_comes_again(learner, caplog):
+    learner.publish()
+    learner.server._service.inbox.put(broken(learner))
+    deliver(learner)
+    learner.iterate()
+    assert learner.version == 1
+    assert "refused one rollout of actor a: rollout: chain holds a number that is not finite" in caplog.text
+    assert records(learner)[0]["rollout/episodes_dropped"] == 1
+
+
+def test_one_that_cannot_be_used_again_and_again_ends_the_run_with_its_reason_and_a_checkpoint(learner):
+    learner.publish()
+    for _ in range(MAX_USELESS):
+        learner.server._service.inbox.put(broken(learner))
+    with pytest.raises(RunError, match=r"rollout of policy version 0 is refused for the 3rd time: .*chain"):
         learner.run()
     assert checkpoints(learner) == ["000000", "last"]
     assert "chain" in decode(learner.server._service.last_words).header["reason"]
+
+
+def test_a_rollout_that_the_policy_cannot_have_made_is_refused(learner, caplog):
+    learner.publish()
+    message = broken(learner)
+    message.tensors["chain"] = message.tensors["chain"].nan_to_num()[:, :, :-1]
+    learner.server._service.inbox.put(message)
+    deliver(learner)
+    learner.receive()
+    assert "refused one rollout of actor a: rollout: chain has rows of shape" in caplog.text
 
 
 def test_an_interrupt_while_waiting_leaves_a_checkpoint(learner):
@@ -287,8 +411,7 @@ def test_without_save_checkpoint_nothing_is_saved(learner):
 
 def test_curves_that_cannot_be_drawn_do_not_fail_a_run(learner, monkeypatch, caplog):
     monkeypatch.setattr(learner_module, "plot_run", lambda folder: 1 / 0)
-    deliver(learner)
-    deliver(learner, version=1)
+    answer(learner)
     with caplog.at_level(logging.WARNING):
         learner.run()
     assert learner.version == 2
@@ -299,9 +422,12 @@ def test_curves_that_cannot_be_drawn_do_not_fail_a_run(learner, monkeypatch, cap
 # evaluation
 
 
-def evaluated(learner: Learner, success: list[bool], version: int | None = None) -> None:
-    """Hand over an evaluation as an actor would send it."""
-    count = learner.cfg.eval.n_episodes = len(success)
+def evaluated(
+    learner: Learner, success: list[bool], version: int | None = None, of: int | None = None
+) -> None:
+    """Hand over an evaluation as an actor would send it, of the number of episodes that is asked for or another."""
+    count = len(success)
+    learner.cfg.eval.n_episodes = of or count
     evaluation = Evaluation(
         success=torch.tensor(success),
         rewards=torch.tensor(success).float(),
@@ -311,11 +437,8 @@ def evaluated(learner: Learner, success: list[bool], version: int | None = None)
         seconds=0.5,
     )
     values, tensors = evaluation.to_tensors()
-    values |= {
-        "config_hash": learner.metadata.config_hash,
-        "session": learner.session,
-        "policy_version": learner.version if version is None else version,
-    }
+    values |= learner.inbox.address | {"policy_version": learner.version if version is None else version}
+    learner.publish()
     learner.server._service.inbox.put(Message("evaluation", values, tensors))
 
 
@@ -331,11 +454,13 @@ def test_evaluations_are_asked_for_logged_and_the_best_policy_is_saved(learner):
 
     def publish_and_answer() -> None:
         publish()
-        header = decode(learner.server._service.published).header
-        asked.append((header["policy_version"], header["evaluate"]))
-        if header["evaluate"]:
+        num_evaluations = learner.inbox._num_evaluations
+        asked.append((learner.version, num_evaluations))
+        if num_evaluations:
+            learner.publish = publish
             evaluated(learner, outcomes[learner.version])
-        if header["collect"]:
+            learner.publish = publish_and_answer
+        if learner.version < learner.cfg.steps:
             deliver(learner)
 
     learner.publish = publish_and_answer
@@ -365,7 +490,7 @@ def test_an_evaluation_of_another_version_is_left_out(learner, caplog):
     evaluated(learner, [False])
     learner.evaluate()
     assert records(learner)[0]["eval/success_rate"] == 0.0
-    assert "refused one evaluation: its policy_version is 3, here 0" in caplog.text
+    assert "refused one evaluation of actor : its policy_version is 3, here 0" in caplog.text
 
 
 def test_a_version_is_evaluated_once(learner):
@@ -374,7 +499,7 @@ def test_a_version_is_evaluated_once(learner):
     learner.evaluate()
     learner.evaluate()
     learner.publish()
-    assert decode(learner.server._service.published).header["evaluate"] == 0
+    assert learner.inbox._num_evaluations == 0
 
 
 @pytest.mark.parametrize("success", [True, False])
@@ -427,9 +552,11 @@ def test_a_run_ends_when_its_best_policy_is_old(learner):
     publish = learner.publish
 
     def publish_and_answer() -> None:
-        publish()
+        learner.publish = publish
         evaluated(learner, outcomes[learner.version])
-        deliver(learner)
+        learner.publish = publish_and_answer
+        if learner.version < learner.cfg.steps:
+            deliver(learner)
 
     learner.publish = publish_and_answer
     learner.run()
@@ -453,9 +580,9 @@ def test_a_resume_does_not_get_around_a_policy_that_never_succeeds(learner):
 
 def test_an_evaluation_of_another_number_of_episodes_is_refused(learner):
     learner.cfg.env_eval_freq = 1
-    evaluated(learner, [True])
-    learner.cfg.eval.n_episodes = 4
-    with pytest.raises(RunError, match=r"evaluated 1 episodes instead of eval.n_episodes=4"):
+    for _ in range(MAX_USELESS):
+        evaluated(learner, [True], of=4)
+    with pytest.raises(RunError, match=r"3rd time: .*evaluated 1 episodes instead of eval.n_episodes=4"):
         learner.evaluate()
 
 
@@ -505,8 +632,7 @@ def full_disk(learner, monkeypatch):
 def test_a_checkpoint_that_cannot_be_written_is_tried_again_after_the_next_update(learner, full_disk, caplog):
     _, tries = full_disk
     learner.cfg.steps, learner.cfg.save_freq = 3, 1
-    for version in range(3):
-        deliver(learner, version=version)
+    answer(learner)
     learner.run()
     assert tries == [1, 2, 3]
     assert checkpoints(learner) == ["000002", "000003", "last"]
@@ -517,8 +643,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again_after_the_next_updat
 def test_the_last_checkpoint_is_waited_for(learner, full_disk):
     limit, tries = full_disk
     limit["failures"] = 4
-    for version in range(2):
-        deliver(learner, version=version)
+    answer(learner)
     learner.run()
     assert tries == [2, 2, 2, 2, 2]
     assert checkpoints(learner) == ["000002", "last"]
@@ -533,9 +658,11 @@ def test_a_best_policy_that_could_not_be_saved_is_not_the_best(learner, full_dis
     publish = learner.publish
 
     def publish_and_answer() -> None:
-        publish()
+        learner.publish = publish
         evaluated(learner, outcomes[learner.version])
-        deliver(learner)
+        learner.publish = publish_and_answer
+        if learner.version < learner.cfg.steps:
+            deliver(learner)
         # the disk is full while policy 1 is the best
         limit["failures"] = 10**9 if learner.version == 1 else 0
 
@@ -547,7 +674,7 @@ def test_a_best_policy_that_could_not_be_saved_is_not_the_best(learner, full_dis
 
 
 def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
-    append, tries = metrics._append, []
+    append, tries = metrics.append_lines, []
 
     def refuse_twice_at_the_end(path: Path, data: bytes) -> None:
         if learner.version == 2 and len(tries) < 2:
@@ -555,10 +682,9 @@ def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
             raise OSError(28, "No space left on device")
         append(path, data)
 
-    monkeypatch.setattr(metrics, "_append", refuse_twice_at_the_end)
+    monkeypatch.setattr(metrics, "append_lines", refuse_twice_at_the_end)
     monkeypatch.setattr(saving, "RETRY_SAVING_S", 0)
-    for version in range(2):
-        deliver(learner, version=version)
+    answer(learner)
     learner.run()
     assert len(tries) == 2
     assert [record["iteration"] for record in records(learner)] == [1, 2]
@@ -569,8 +695,7 @@ def test_one_interrupt_ends_the_wait_for_a_last_checkpoint(learner, full_disk, m
     limit, tries = full_disk
     limit["failures"] = 10**9
     monkeypatch.setattr(saving.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-    for version in range(2):
-        deliver(learner, version=version)
+    answer(learner)
     with pytest.raises(KeyboardInterrupt):
         learner.run()
     assert tries == [2]

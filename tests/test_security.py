@@ -82,7 +82,7 @@ def talk(server_side: Security, actor_side: Security, host: str = "127.0.0.1", *
     try:
         server.publish(WEIGHTS)
         client.connect()
-        return client.next_weights().header
+        return client.next_message().header
     finally:
         client.close()
         server.close()
@@ -106,7 +106,7 @@ def test_an_actor_with_the_token_is_served_and_a_refusal_of_it_comes_through(tok
     client = LearnerClient("127.0.0.1", server.port, 5.0, security=token)
     server.publish(WEIGHTS)
     client.connect()
-    assert client.next_weights().header == WEIGHTS.header
+    assert client.next_message().header == WEIGHTS.header
     client.send_refusal("gamma differs")
     message = server.receive(timeout=10)
     assert (message.kind, message.header["reason"]) == ("refusal", "gamma differs")
@@ -215,11 +215,11 @@ def test_a_learner_that_comes_back_with_another_token_ends_its_actor(token, othe
     client = LearnerClient("127.0.0.1", first.port, 30.0, security=token)
     first.publish(WEIGHTS)
     client.connect()
-    client.next_weights()
+    client.next_message()
     first.close()
     again = LearnerServer("127.0.0.1", first.port, security=other_token)
     with pytest.raises(ConnectionError, match="does not have the learner's token"):
-        client.next_weights()
+        client.next_message()
     client.close()
     again.close()
 

@@ -1,6 +1,8 @@
 """Learner and actor ends over real gRPC on loopback, in one process."""
 
+import contextlib
 import re
+import socket
 import threading
 import time
 
@@ -49,7 +51,7 @@ def stub(port: int) -> services_pb2_grpc.LearnerServiceStub:
 def test_weights_arrive_whole_in_order_and_rollouts_come_back(server, client):
     for version in range(3):
         server.publish(weights(version, size=300_000))  # more than one piece
-        message = client.next_weights()
+        message = client.next_message()
         assert message.header["policy_version"] == version
         assert torch.equal(message.tensors["w"], torch.full((300_000,), float(version)))
         client.send(rollout(version))
@@ -58,27 +60,27 @@ def test_weights_arrive_whole_in_order_and_rollouts_come_back(server, client):
 
 def test_every_actor_gets_every_version_and_a_late_one_the_newest(server, client):
     server.publish(weights(0))
-    assert client.next_weights().header["policy_version"] == 0
+    assert client.next_message().header["policy_version"] == 0
     server.publish(weights(1))
-    assert client.next_weights().header["policy_version"] == 1
+    assert client.next_message().header["policy_version"] == 1
     late = connect(server.port)
-    assert late.next_weights().header["policy_version"] == 1
+    assert late.next_message().header["policy_version"] == 1
     server.publish(weights(2))
-    assert [c.next_weights().header["policy_version"] for c in (client, late)] == [2, 2]
+    assert [c.next_message().header["policy_version"] for c in (client, late)] == [2, 2]
     late.close()
 
 
 def test_the_end_follows_the_last_weights(server, client):
     server.publish(weights(7))
     server.end(ok=True, reason="7 updates are done")
-    assert client.next_weights().header["policy_version"] == 7
-    end = client.next_weights()
+    assert client.next_message().header["policy_version"] == 7
+    end = client.next_message()
     assert (end.kind, end.header) == ("end", {"ok": True, "reason": "7 updates are done"})
 
 
 def test_the_end_is_seen_without_asking_and_stops_deliveries(server, client):
     server.publish(weights(0))
-    client.next_weights()
+    client.next_message()
     assert not client.ended
     server.end(ok=False, reason="interrupted")
     with client._condition:
@@ -107,11 +109,11 @@ def test_a_learner_that_comes_back_behind_is_followed():
     waits = []
     client = connect(first.port, on_wait=waits.append)
     first.publish(weights(5))
-    assert client.next_weights().header["policy_version"] == 5
+    assert client.next_message().header["policy_version"] == 5
     first.close()
     again = LearnerServer("127.0.0.1", first.port)
     again.publish(weights(3))
-    assert client.next_weights().header["policy_version"] == 3
+    assert client.next_message().header["policy_version"] == 3
     client.send(rollout(3))
     assert again.receive(timeout=10).header["policy_version"] == 3
     client.close()
@@ -122,7 +124,7 @@ def test_a_delivery_waits_for_a_learner_that_comes_back():
     first = LearnerServer("127.0.0.1", 0)
     client = connect(first.port)
     first.publish(weights(0))
-    client.next_weights()
+    client.next_message()
     first.close()
     sender = threading.Thread(target=client.send, args=(rollout(0),))
     sender.start()
@@ -206,17 +208,157 @@ def test_a_pickle_is_never_loaded(server, client, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_stream_that_was_left_says_nothing_more(server, client):
+def share(number: int) -> Message:
+    return Message("share", {"numbers": [number]})
+
+
+def present(server: LearnerServer, *actors: str) -> bool:
+    """Wait until exactly these actors listen."""
+    with server._service.condition:
+        return server._service.condition.wait_for(lambda: set(server.actors) == set(actors), timeout=10)
+
+
+def test_a_share_reaches_one_actor_alone_after_the_weights_that_it_belongs_to(server, client):
+    other = connect(server.port)
+    assert present(server, client.actor, other.actor)
+    server.publish(weights(0))
+    server.tell(client.actor, share(1))
+    server.tell(other.actor, share(2))
+    server.tell("nobody", share(3))
+    for each, number in ((client, 1), (other, 2)):
+        assert each.next_message().header["policy_version"] == 0
+        assert each.next_message().header["numbers"] == [number]
+    server.tell(client.actor, share(4))
     server.publish(weights(1))
-    assert client.next_weights().header["policy_version"] == 1
-    left = client._channel
-    client.connect()
-    assert client.next_weights().header["policy_version"] == 1
-    for what, value in (("_weights", weights(9)), ("_end", Message("end")), ("_error", OSError())):
-        client._tell(left, what, value)
-    server.publish(weights(2))
-    assert client.next_weights().header["policy_version"] == 2
-    assert not client.ended
+    server.tell(client.actor, share(5))
+    with client._condition:
+        assert client._condition.wait_for(lambda: client._weights and len(client._shares) == 2, timeout=10)
+    # shares wait behind weights, of which only the newest counts
+    assert client.news["policy_version"] == 1
+    assert client.pop_shares() == []
+    assert client.next_message().header["policy_version"] == 1
+    assert [each.header["numbers"] for each in client.pop_shares()] == [[4], [5]]
+    assert client.news is None
+    other.close()
+
+
+def test_an_actor_that_connects_again_takes_the_place_of_its_former_stream(server, client):
+    again = LearnerClient("127.0.0.1", server.port, 10.0)
+    again.actor = client.actor
+    client._closed = True  # what is left of a former life does not come back
+    again.connect()
+    server.tell(again.actor, share(1))
+    assert again.next_message().header["numbers"] == [1]
+    assert present(server, again.actor)
+    assert client._shares == []
+    again.close()
+
+
+def test_what_is_posted_is_sent_in_order_with_its_sender_and_told_when_it_is_taken(server):
+    taken = []
+    client = connect(server.port, on_sent=taken.append)
+    for version in range(40):
+        client.post(rollout(version))
+    received = [server.receive(timeout=10).header for _ in range(40)]
+    assert [header["policy_version"] for header in received] == list(range(40))
+    assert {header["actor"] for header in received} == {client.actor}
+    deadline = time.monotonic() + 10
+    while len(taken) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [message.header["policy_version"] for message in taken] == list(range(40))
+    client.close()
+
+
+def test_what_is_posted_and_refused_ends_the_wait_with_a_sentence(server, client):
+    client.post(Message("refusal", {"reason": "x"}))
+    with pytest.raises(ConnectionError, match="the learner refused the refusal: .*where .* belong"):
+        client.next_message()
+
+
+def test_an_actor_asks_again_after_a_reconnection():
+    first = LearnerServer("127.0.0.1", 0)
+    client = connect(first.port)
+    first.publish(weights(0))
+    client.next_message()
+    client.ask("a session", 3)
+    assert first.receive(timeout=10).header == {"session": "a session", "slots": 3, "actor": client.actor}
+    first.close()
+    again = LearnerServer("127.0.0.1", first.port)
+    again.publish(weights(0))
+    assert again.receive(timeout=20).header == {"session": "a session", "slots": 3, "actor": client.actor}
+    client.close()
+    again.close()
+
+
+def test_weights_that_the_same_learner_process_sends_again_are_not_returned_again():
+    first = LearnerServer("127.0.0.1", 0)
+    client = connect(first.port)
+    first.publish(Message("weights", {"session": "a", "policy_version": 1}))
+    assert client.next_message().header["session"] == "a"
+    port = first.port
+    first.close()
+    # the same ones, and a share that follows them
+    again = LearnerServer("127.0.0.1", port)
+    again.publish(Message("weights", {"session": "a", "policy_version": 1}))
+    assert present(again, client.actor)
+    again.tell(client.actor, share(1))
+    assert client.next_message().header == {"numbers": [1]}
+    again.close()
+    # another process, at the same version
+    third = LearnerServer("127.0.0.1", port)
+    third.publish(Message("weights", {"session": "b", "policy_version": 1}))
+    assert client.next_message().header == {"session": "b", "policy_version": 1}
+    client.close()
+    third.close()
+
+
+class Wire:
+    """Carries bytes between a client and a server until it is cut: then both ends hear nothing more, and no goodbye."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.cut = port, threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.sockets += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.cut.is_set():
+                    target.sendall(data)
+
+    def close(self) -> None:
+        for each in (self.listener, *self.sockets):
+            each.close()
+
+
+def test_both_ends_notice_within_their_time_that_the_other_does_not_answer():
+    server = LearnerServer("127.0.0.1", 0, peer_timeout_s=3)
+    wire = Wire(server.port)
+    waits = []
+    client = connect(wire.port, peer_timeout_s=3, on_wait=waits.append)
+    server.publish(weights(0))
+    client.next_message()
+    assert present(server, client.actor)
+    wire.cut.set()
+    deadline = time.monotonic() + 60
+    while (server.num_actors or not waits) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.num_actors == 0
+    assert waits
+    client.close()
+    server.close()
+    wire.close()
 
 
 def test_a_learner_that_sends_garbage_is_an_error_not_a_wait(server, client):
@@ -225,7 +367,7 @@ def test_a_learner_that_sends_garbage_is_an_error_not_a_wait(server, client):
         service.published, service.serial = b"garbage", 1
         service.condition.notify_all()
     with pytest.raises(ConnectionError, match="cannot be used: the message ends after 7 bytes"):
-        client.next_weights()
+        client.next_message()
 
 
 def test_a_message_in_one_piece_never_takes_a_former_rest_along():

@@ -3,7 +3,10 @@
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from lerobot.transport import services_pb2, services_pb2_grpc
@@ -19,13 +22,42 @@ SERVER_THREADS = 64
 STREAM_POLL_S = 0.5
 END_GRACE_S = 10.0
 SLOWEST_BYTES_PER_S = 10 * 2**20
-KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
+# until a peer that does not answer counts as gone
+PEER_TIMEOUT_S = 30.0
+# how long a delivery waits for room before its actor is told to come again
+FULL_S = 2.0
+# metadata of every call: which actor makes it
+ACTOR_KEY = "actor"
+_ACTOR_CHARACTERS = 64
+
+
+def keepalive(peer_timeout_s: float) -> list[tuple[str, int]]:
+    """Return the gRPC options by which an end notices within so many seconds that the other is gone."""
+    return [
+        ("grpc.keepalive_time_ms", round(peer_timeout_s * 2000 / 3)),
+        ("grpc.keepalive_timeout_ms", round(peer_timeout_s * 1000 / 3)),
+        # of any ping, also those that measure the bandwidth; 60 s otherwise
+        ("grpc.http2.ping_timeout_ms", round(peer_timeout_s * 1000 / 3)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # the other end may be more impatient than this one
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ]
+
+
+@dataclass(eq=False)
+class _Stream:
+    """What one actor has not been sent yet.
+
+    Attributes:
+        outbox: messages for it alone.
+        sent: serial of the published message that it was sent last.
+        over: whether it was told of the end.
+    """
+
+    outbox: list[bytes] = field(default_factory=list)
+    sent: int = 0
+    over: bool = False
 
 
 class _Service(services_pb2_grpc.LearnerServiceServicer):
@@ -38,32 +70,42 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
         self.published: bytes | None = None
         self.serial = 0
         self.last_words: bytes | None = None
-        self.streams = 0
+        self.streams: dict[str, _Stream] = {}
 
     def StreamParameters(self, request, context):  # noqa: N802
-        """Stream every published message, newest first, until the end message."""
+        """Stream the published message, in its newest version, and an actor's own, until the end message."""
+        actor, stream = _actor(context), _Stream()
         with self.condition:
-            self.streams += 1
+            # of an actor that connects again the former stream may not be known to be dead
+            self.streams[actor] = stream
+            self.condition.notify_all()
         context.add_callback(self._wake)
-        sent = 0
+
+        def is_served() -> bool:
+            return context.is_active() and self.streams.get(actor) is stream and not stream.over
+
         try:
-            while context.is_active():
-                with self.condition:
-                    self.condition.wait_for(
-                        lambda seen=sent: self.serial > seen or self.last_words or not context.is_active(),
-                        timeout=STREAM_POLL_S,
-                    )
-                    fresh = self.published if self.serial > sent else None
-                    sent, last_words = self.serial, self.last_words
-                if fresh is not None:
-                    yield from to_pieces(fresh, services_pb2.Parameters)
-                elif last_words is not None:
-                    yield from to_pieces(last_words, services_pb2.Parameters)
-                    return
+            while is_served():
+                for data in self._news(stream, is_served):
+                    yield from to_pieces(data, services_pb2.Parameters)
         finally:
             with self.condition:
-                self.streams -= 1
+                if self.streams.get(actor) is stream:
+                    del self.streams[actor]
                 self.condition.notify_all()
+
+    def _news(self, stream: _Stream, is_served: Callable[[], bool]) -> list[bytes]:
+        """Wait a little for what an actor has not been sent: what is published comes before what refers to it."""
+        with self.condition:
+            self.condition.wait_for(
+                lambda: self.serial > stream.sent or stream.outbox or self.last_words or not is_served(),
+                timeout=STREAM_POLL_S,
+            )
+            news = [self.published] * (self.serial > stream.sent) + stream.outbox
+            stream.sent, stream.outbox = self.serial, []
+            if not news and self.last_words:
+                news, stream.over = [self.last_words], True
+            return news
 
     def _wake(self) -> None:
         with self.condition:
@@ -75,7 +117,8 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
                 message = decode(data, self.max_bytes)
                 if message.kind not in kinds:
                     raise WireError(f"a message of kind {message.kind!r} came where {kinds} belong")
-                self.inbox.put_nowait(message)
+                message.header[ACTOR_KEY] = _actor(context)
+                self.inbox.put(message, timeout=FULL_S)
         except WireError as error:
             logger.error("refused a message of %s: %s", context.peer(), error)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -90,16 +133,27 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
         return self._receive(request_iterator, context, "rollout", "evaluation")
 
     def SendInteractions(self, request_iterator, context):  # noqa: N802
-        """Take a refusal."""
-        return self._receive(request_iterator, context, "refusal")
+        """Take a refusal, or the wish for episodes."""
+        return self._receive(request_iterator, context, "refusal", "ask")
 
     def Ready(self, request, context):  # noqa: N802
         """Tell that the learner is there."""
         return services_pb2.Empty()
 
 
+def _actor(context: Any) -> str:
+    """Return the id that an actor gave itself, or its address."""
+    metadata = dict(context.invocation_metadata())
+    return str(metadata.get(ACTOR_KEY) or context.peer())[:_ACTOR_CHARACTERS]
+
+
 class LearnerServer:
-    """The learner's end."""
+    """The learner's end.
+
+    Attributes:
+        port: on which it listens.
+        closed: whether it serves nobody any more.
+    """
 
     def __init__(
         self,
@@ -107,6 +161,7 @@ class LearnerServer:
         port: int,
         max_rollouts: int = 8,
         max_bytes: int = MAX_BYTES,
+        peer_timeout_s: float = PEER_TIMEOUT_S,
         security: Security = OPEN,
     ) -> None:
         """Bind and serve.
@@ -116,8 +171,9 @@ class LearnerServer:
             OSError: when the port is taken.
         """
         security.check_host(host)
+        self.closed = False
         self._service = _Service(max_rollouts, max_bytes)
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 2 * PIECE_BYTES), *KEEPALIVE]
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 2 * PIECE_BYTES), *keepalive(peer_timeout_s)]
         self._server = grpc.server(
             ThreadPoolExecutor(SERVER_THREADS), interceptors=security.interceptors(), options=options
         )
@@ -131,9 +187,23 @@ class LearnerServer:
         self._server.start()
 
     @property
+    def actors(self) -> list[str]:
+        """The ids of the actors with an open stream."""
+        with self._service.condition:
+            return list(self._service.streams)
+
+    @property
     def num_actors(self) -> int:
         """Number of actors with an open stream."""
-        return self._service.streams
+        return len(self.actors)
+
+    def tell(self, actor: str, message: Message) -> None:
+        """Send a message to one actor, after what is published; it is lost with the actor's stream."""
+        data, service = encode(message), self._service
+        with service.condition:
+            if actor in service.streams:
+                service.streams[actor].outbox.append(data)
+                service.condition.notify_all()
 
     def publish(self, message: Message) -> None:
         """Offer a message to every actor, in place of the one before."""
@@ -145,7 +215,7 @@ class LearnerServer:
             service.condition.notify_all()
 
     def receive(self, timeout: float) -> Message | None:
-        """Return the next rollout or refusal, or None after ``timeout`` seconds."""
+        """Return the next message of an actor, with its id in the header, or None after ``timeout`` seconds."""
         try:
             return self._service.inbox.get(timeout=timeout)
         except queue.Empty:
@@ -159,9 +229,11 @@ class LearnerServer:
         with service.condition:
             service.last_words = encode(Message("end", {"ok": ok, "reason": reason}))
             service.condition.notify_all()
-            service.condition.wait_for(lambda: service.streams == 0, timeout=grace)
+            service.condition.wait_for(lambda: not service.streams, timeout=grace)
+        self.closed = True
         self._server.stop(grace=1.0).wait(2.0)
 
     def close(self) -> None:
         """Stop at once."""
+        self.closed = True
         self._server.stop(grace=None)

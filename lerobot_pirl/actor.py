@@ -127,8 +127,8 @@ class Actor:
         Raises:
             RunError: when the learner's metadata differ from this actor's; the learner is told why.
         """
-        theirs = message.header.get("metadata")
         session, version = message.header.get("session"), message.header.get("policy_version")
+        theirs = message.header.get("metadata")
         theirs = theirs if isinstance(theirs, dict) else {}
         try:
             judge(self.metadata.to_dict(), theirs, "actor", "learner")
@@ -211,7 +211,6 @@ class Actor:
             self.collector.seconds["inference_s"],
         )
 
-    def run(self) -> int:
     def _next_iteration(self) -> int:
         return min(self._iteration(spec.number) for spec in self.waiting)
 
@@ -248,6 +247,7 @@ class Actor:
         # nobody reads them here any more
         episode.rows, episode.final_features = [], None
 
+    def run(self) -> int:
         """Serve the learner until it ends; returns the exit status it implies."""
         while True:
             message = self.client.next_message()

@@ -83,6 +83,7 @@ class Actor:
             algorithm.n_action_steps,
             algorithm.max_episode_steps,
             algorithm.async_envs,
+            algorithm.env_timeout_s,
         )
         descriptions = {task: task_description(cfg.env, task) for task in self.num_init_states}
         logger.info(

@@ -25,7 +25,7 @@ SHOWN_ONLY = ("config_path", "run_id", "config", "history")
 # no flag turns a checkpoint into one of another recipe, policy or format
 NEVER_ACCEPTED = ("format_version", "recipe", "policy_type")
 # per-process settings, which change where and how fast a run goes but not what it computes
-_PROCESS_ALGORITHM = ("wire", "n_envs", "async_envs")
+_PROCESS_ALGORITHM = ("wire", "n_envs", "async_envs", "env_timeout_s")
 _PROCESS_ENV = ("max_parallel_tasks", "disable_env_checker")
 _PROCESS_POLICY = (
     *("device", "push_to_hub", "repo_id", "private", "tags", "license"),

@@ -124,6 +124,8 @@ class PiRLConfig(RLAlgorithmConfig):
     n_envs: int = option(16, rules.integer(1, 1024))
     # Step the environments in worker processes instead of in the actor's own.
     async_envs: bool = option(False, rules.FLAG)
+    # Seconds, 1 to 86400, that a worker may take to start its simulator, to reset or to step; refused without workers.
+    env_timeout_s: float = option(600.0, rules.between(1, 86_400))
     # Step limit of an episode; not given: the environment's own.
     max_episode_steps: int | None = option(None, rules.or_null(COUNT))
 
@@ -272,6 +274,8 @@ class PiRLConfig(RLAlgorithmConfig):
             )
         self._check_variant()
         self._check_advantage()
+        if not self.async_envs:
+            self._refuse_idle(("env_timeout_s",), "async_envs")
         if (self.noise_anneal_to is None) == bool(self.noise_anneal_iterations):
             raise ValueError(
                 f"algorithm.noise_anneal_iterations={self.noise_anneal_iterations} and algorithm.noise_anneal_to="

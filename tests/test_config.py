@@ -345,6 +345,7 @@ VALUES = {
     "episodes_per_iteration": (80, [1, 10**6], [*NOT_AN_INTEGER, 0]),
     "n_envs": (8, [1, 1024], [*NOT_AN_INTEGER, 0, 1025]),
     "async_envs": (True, [False], NOT_A_FLAG),
+    "env_timeout_s": (60.0, [1, 86400], [*NOT_POSITIVE, 0.5, 86401]),
     "max_episode_steps": (520, [1, 10**6, None], [*but_null(NOT_AN_INTEGER), 0]),
     "advantage": ("grpo", ["gae"], [*NOT_A_NAME, "reinforce"]),
     "group_size": (4, [2, 1024, None], [*but_null(NOT_AN_INTEGER), 0, 1, 1025]),
@@ -396,6 +397,7 @@ BESIDE = {
     "noise_std_rotation": {"variant": "flow_noise"},
     "noise_head_hidden_dims": {"variant": "flow_noise"},
     "entropy_coef": {"variant": "flow_noise"},
+    "env_timeout_s": {"async_envs": True},
     "tls_cert": {"tls_key": "a/key.pem"},
     "tls_key": {"tls_cert": "a/cert.pem"},
 }
@@ -520,6 +522,10 @@ def test_whatever_a_file_holds_either_passes_or_is_refused_by_name(name, value):
             "algorithm.entropy_coef=0.01 does nothing with algorithm.variant='flow_sde'; remove it or change",
         ),
         (
+            {"env_timeout_s": 60.0},
+            "algorithm.env_timeout_s=60.0 does nothing with algorithm.async_envs=False; remove it or change",
+        ),
+        (
             {"noise_std_position": [0.001, 0.01]},
             "algorithm.noise_std_position=(0.001, 0.01) does nothing with algorithm.variant='flow_sde'",
         ),
@@ -603,6 +609,7 @@ def test_the_defaults_are_those_of_a_single_gpu_run():
         **{"noise_anneal_iterations": 0, "noise_anneal_to": None},
         **{"gripper": "exclude", "gripper_temperature": None, "step_loss_weight": "inv_sensitivity"},
         **{"episodes_per_iteration": 64, "n_envs": 16, "async_envs": False, "max_episode_steps": None},
+        **{"env_timeout_s": 600.0},
         **{"advantage": "gae", "group_size": None, "group_filter": None},
         **{"gamma": 0.99, "gae_lambda": 0.95, "bootstrap_truncation": True, "normalize_advantage": True},
         **{"loss_aggregation": "token", "clip_range": 0.2, "dual_clip": 3.0, "clip_range_vf": 0.2},
@@ -1003,7 +1010,7 @@ def test_a_refused_command_leaves_one_line_and_nothing_else(tmp_path):
 # --- the hash ------------------------------------------------------------------------------------
 
 # how and where a process runs; learner and actor may differ in them
-PER_PROCESS = {"n_envs", "async_envs", "wire"}
+PER_PROCESS = {"n_envs", "async_envs", "env_timeout_s", "wire"}
 # what is learned, and from what
 CRITICAL = {
     *("variant", "num_denoising_steps", "n_action_steps", "noise_level", "last_step_std_position"),

@@ -362,6 +362,7 @@ PER_PROCESS = {
     "algorithm.wire": WireConfig(host="localhost", port=1234),
     "algorithm.n_envs": 3,
     "algorithm.async_envs": True,
+    "algorithm.env_timeout_s": 60.0,
     "policy.device": "cuda",
     "policy.pretrained_path": "elsewhere",
     "policy.repo_id": "me/policy",

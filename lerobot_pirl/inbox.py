@@ -12,6 +12,7 @@ from lerobot_pirl import launch
 from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.ledger import EVALUATION, Ledger
 from lerobot_pirl.rollout import Rollout, concatenate
+from lerobot_pirl.rules import integer, shown
 from lerobot_pirl.transport import LearnerServer
 from lerobot_pirl.wire import Message
 
@@ -21,6 +22,10 @@ POLL_S = 0.5
 REPORT_EVERY_S = 60
 # an episode repeats itself exactly, so what makes it useless seldom goes away
 MAX_USELESS = 3
+# characters of an actor's reason that are shown
+MAX_REASON = 10_000
+# environments that an actor may have
+SLOTS = integer(1, 1024)
 
 
 @dataclass(eq=False)
@@ -151,7 +156,8 @@ class Inbox:
     def _take(self, message: Message) -> None:
         header, actor = message.header, str(message.header.get("actor", ""))
         if message.kind == "refusal":
-            logger.error("an actor refused this learner and left:\n%s", header.get("reason", ""))
+            reason = str(header.get("reason", ""))[:MAX_REASON]
+            logger.error("an actor refused this learner and left:\n%s", reason)
             return
         self.ledger.hear(actor, time.monotonic())
         if message.kind == "ask":
@@ -164,14 +170,14 @@ class Inbox:
     def _let_join(self, actor: str, header: dict[str, Any]) -> None:
         slots = header.get("slots")
         # one that asked a learner of before will ask again, or leave
-        if header.get("session") == self.address["session"] and type(slots) is int and slots > 0:
+        if header.get("session") == self.address["session"] and SLOTS.holds(slots):
             logger.info("actor %s takes part, with %d environments", actor, slots)
             self.ledger.join(actor, slots, time.monotonic())
 
     def _mismatch(self, message: Message) -> str | None:
         for name, value in self.address.items():
             if (theirs := message.header.get(name)) != value:
-                return f"its {name} is {theirs}, here {value}"
+                return f"its {name} is {shown(theirs)}, here {value!r}"
         return None
 
     def _judge(self, message: Message) -> str | None:
@@ -179,7 +185,7 @@ class Inbox:
         if message.kind == "rollout":
             return self.ledger.judge(message.header.get("number"), version)
         if version != self.ledger.version:
-            return f"its policy_version is {version}, here {self.ledger.version}"
+            return f"its policy_version is {shown(version)}, here {self.ledger.version}"
         return (
             None
             if self._num_evaluations and not self._evaluation

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_pirl.metrics import append_lines
+from lerobot_pirl.rules import shown
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ LEDGER_FILE = "ledger.jsonl"
 EVALUATION = -1
 # numbers that one message may hold
 MAX_SHARE = 10_000
+# lines about refused episodes for each update
+MAX_REFUSALS = 1_000
 
 
 @dataclass
@@ -150,14 +153,16 @@ class Ledger:
     def judge(self, number: Any, version: Any) -> str | None:
         """Return why an episode that an actor sent cannot count, or None."""
         if type(number) is not int or type(version) is not int or not 0 <= number < self.opened:
-            return f"episode {number!r} of policy version {version!r} was never asked for"
+            return f"episode {shown(number)} of policy version {shown(version)} was never asked for"
         iteration = number // self.per_iteration
         if iteration < self.version:
             return f"episode {number} belongs to policy version {iteration}, which is over"
         if number in self.delivered:
             return f"episode {number} was delivered before"
         if not iteration - self.max_staleness <= version <= min(iteration, self.version):
-            return f"episode {number} was collected with policy version {version} instead of {iteration}"
+            return (
+                f"episode {number} was collected with policy version {shown(version)} instead of {iteration}"
+            )
         return None
 
     def accept(self, actor: str, number: int, version: int) -> None:
@@ -176,10 +181,13 @@ class Ledger:
             insort(self.waiting, number)
 
     def refuse(self, actor: str, number: Any, version: Any, reason: str) -> None:
-        """Write down that an episode came in and is not used."""
+        """Write down that an episode came in and is not used; after many since :meth:`pop_unused`, count it only."""
         self.unused += 1
-        what = {"state": "refused", "actor": actor, "policy_version": version, "numbers": [number]}
-        self.lines.append(what | {"reason": reason})
+        if self.unused <= MAX_REFUSALS:
+            # they may be anything that JSON can hold, of any size
+            numbers, acted = ([each] if _is_plain(each) else [] for each in (number, version))
+            line = {"state": "refused", "actor": actor, "policy_version": acted[0] if acted else None}
+            self.lines.append(line | {"numbers": numbers, "reason": reason})
 
     def pop_unused(self) -> int:
         """Return the number of episodes that were refused since the last call."""
@@ -235,6 +243,11 @@ class LedgerFile:
             self.flush()
         except OSError as error:
             logger.error("%s; its lines are kept until it can", error)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value from a message is a number as numbers of episodes and versions are."""
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _in_words(numbers: list[int]) -> str:

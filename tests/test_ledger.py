@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lerobot_pirl.ledger import EVALUATION, MAX_SHARE, Ledger, LedgerFile
+from lerobot_pirl.ledger import EVALUATION, MAX_REFUSALS, MAX_SHARE, Ledger, LedgerFile
 
 NOW = 0.0
 
@@ -252,6 +252,14 @@ def test_refused_episodes_are_counted_until_they_are_told():
     }
 
 
+def test_whatever_stands_for_a_number_takes_a_line_of_usual_length():
+    ledger = opened(2, "a")
+    for junk in ("x" * 10**6, [[1] * 10**5], 10**4000, {"a": "b" * 10**6}):
+        reason = ledger.judge(junk, junk)
+        ledger.refuse("a", junk if type(junk) is not int else None, [junk], reason)
+    assert len(json.dumps(ledger.lines)) < 4000
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_episode_is_trained_once(seed, tmp_path):
     """Actors come, go, stall, repeat themselves and deliver late; the file has every number once, in its iteration."""
@@ -295,6 +303,19 @@ def test_whatever_happens_every_episode_is_trained_once(seed, tmp_path):
         version + 1: list(ledger.numbers(version)) for version in range(4)
     }
     assert all(acted == each - 1 for each, numbers in trained.items() for _, acted in numbers.values())
+
+
+def test_what_is_refused_leaves_nothing_large_and_no_endless_list():
+    ledger = opened(2, "a")
+    huge = [list(range(10_000))]
+    for _ in range(MAX_REFUSALS + 50):
+        ledger.refuse("a", huge, 10**300, ledger.judge(huge, 10**300))
+    assert len(ledger.lines) == MAX_REFUSALS
+    assert ledger.pop_unused() == MAX_REFUSALS + 50
+    assert len(json.dumps(ledger.lines[0])) < 600
+    assert (ledger.lines[0]["numbers"], ledger.lines[0]["policy_version"]) == ([], None)
+    ledger.refuse("a", 0, 0, "because")
+    assert ledger.lines[-1]["numbers"] == [0]
 
 
 # --- the file -------------------------------------------------------------------------------------------------

@@ -204,7 +204,9 @@ class Inbox:
             content = self._decode(message)
         except (ValueError, KeyError, TypeError) as error:
             self._refuse(message, actor, str(error))
-            self.ledger.reject(actor, number)
+            # what an actor was not asked for says nothing about the episode, and shall not end the run
+            if not self.ledger.reject(actor, number):
+                return
             self._useless[number] += 1
             if self._useless[number] == MAX_USELESS:
                 raise launch.RunError(

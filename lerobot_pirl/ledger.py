@@ -174,11 +174,14 @@ class Ledger:
         if number != EVALUATION:
             self.delivered[number] = actor, version
 
-    def reject(self, actor: str, number: int) -> None:
-        """Hand out again what an actor delivered in vain."""
-        if (peer := self.peers.get(actor)) and number in peer.holds:
-            peer.holds.remove(number)
-            insort(self.waiting, number)
+    def reject(self, actor: str, number: int) -> bool:
+        """Hand out again what an actor delivered in vain; return whether it was asked for it."""
+        peer = self.peers.get(actor)
+        if peer is None or number not in peer.holds:
+            return False
+        peer.holds.remove(number)
+        insort(self.waiting, number)
+        return True
 
     def refuse(self, actor: str, number: Any, version: Any, reason: str) -> None:
         """Write down that an episode came in and is not used; after many since :meth:`pop_unused`, count it only."""

@@ -21,6 +21,7 @@ from lerobot_pirl.launch import RunError
 from lerobot_pirl.learner import Learner
 from lerobot_pirl.restore import CheckpointError
 from lerobot_pirl.rollout import Rollout
+from lerobot_pirl.transport.server import _Stream
 from lerobot_pirl.wire import Message, decode
 from tests.test_algorithm import make_rollout
 from tests.toy import tiny_config
@@ -80,6 +81,13 @@ def deliver(learner: Learner, version: int | None = None, **header) -> None:
         values, tensors = rollout.to_tensors()
         values |= learner.inbox.address | {"number": version * EPISODES + i, "actor": "a"} | header
         learner.server._service.inbox.put(Message("rollout", values, tensors))
+
+
+def join(learner: Learner) -> None:
+    """Let actor "a" take part, as its stream and its wish for episodes do."""
+    learner.server._service.streams["a"] = _Stream()
+    header = {"session": learner.session, "slots": EPISODES, "actor": "a"}
+    learner.server._service.inbox.put(Message("ask", header))
 
 
 def answer(learner: Learner, then=lambda: None) -> None:
@@ -243,8 +251,8 @@ def test_the_last_weights_are_not_to_be_collected_with(learner):
 
 
 OTHERS = [
-    ({"config_hash": "x"}, "its config_hash is x, here "),
-    ({"session": "former"}, "its session is former, here "),
+    ({"config_hash": "x"}, "its config_hash is 'x', here "),
+    ({"session": "former"}, "its session is 'former', here "),
     ({"policy_version": 1}, "episode 0 was collected with policy version 1 instead of 0"),
     ({"policy_version": None}, "episode 0 of policy version None was never asked for"),
     ({"number": EPISODES}, f"episode {EPISODES} of policy version 0 was never asked for"),
@@ -314,6 +322,16 @@ def test_rollouts_for_others_do_not_keep_a_learner_alive(learner):
         learner.receive()
 
 
+@pytest.mark.parametrize("slots", [0, 1025, 10**400, True, "2", None])
+def test_a_wish_for_no_possible_number_of_environments_is_ignored(learner, slots):
+    learner.publish()
+    header = {"session": learner.session, "slots": slots, "actor": "a"}
+    learner.server._service.inbox.put(Message("ask", header))
+    deliver(learner)
+    learner.receive()
+    assert learner.ledger.peers == {}
+
+
 def test_a_refusal_is_told_and_the_learner_waits_on(learner, caplog):
     learner.server._service.inbox.put(Message("refusal", {"reason": "gamma differs"}))
     deliver(learner)
@@ -341,12 +359,23 @@ def test_a_rollout_that_cannot_be_used_is_refused_and_comes_again(learner, caplo
 
 def test_one_that_cannot_be_used_again_and_again_ends_the_run_with_its_reason_and_a_checkpoint(learner):
     learner.publish()
+    join(learner)
     for _ in range(MAX_USELESS):
         learner.server._service.inbox.put(broken(learner))
     with pytest.raises(RunError, match=r"rollout of policy version 0 is refused for the 3rd time: .*chain"):
         learner.run()
     assert checkpoints(learner) == ["000000", "last"]
     assert "chain" in decode(learner.server._service.last_words).header["reason"]
+
+
+def test_what_a_stranger_sends_never_ends_the_run(learner, caplog):
+    learner.publish()
+    for _ in range(MAX_USELESS + 1):
+        learner.server._service.inbox.put(broken(learner))
+    deliver(learner)
+    learner.iterate()
+    assert learner.version == 1
+    assert caplog.text.count("refused one rollout of actor a") == MAX_USELESS + 1
 
 
 def test_a_rollout_that_the_policy_cannot_have_made_is_refused(learner, caplog):
@@ -437,7 +466,8 @@ def evaluated(
         seconds=0.5,
     )
     values, tensors = evaluation.to_tensors()
-    values |= learner.inbox.address | {"policy_version": learner.version if version is None else version}
+    version = learner.version if version is None else version
+    values |= learner.inbox.address | {"policy_version": version, "actor": "a"}
     learner.publish()
     learner.server._service.inbox.put(Message("evaluation", values, tensors))
 
@@ -580,6 +610,7 @@ def test_a_resume_does_not_get_around_a_policy_that_never_succeeds(learner):
 
 def test_an_evaluation_of_another_number_of_episodes_is_refused(learner):
     learner.cfg.env_eval_freq = 1
+    join(learner)
     for _ in range(MAX_USELESS):
         evaluated(learner, [True], of=4)
     with pytest.raises(RunError, match=r"3rd time: .*evaluated 1 episodes instead of eval.n_episodes=4"):

@@ -230,11 +230,11 @@ def test_who_delivers_first_counts_whoever_was_to_do_it():
 def test_what_is_useless_is_handed_out_again():
     ledger = opened(2, "a")
     hand(ledger, "a")
-    ledger.reject("a", 0)
+    assert ledger.reject("a", 0)
     assert ledger.waiting == [0]
     # somebody else's, and what nobody has
-    ledger.reject("b", 1)
-    ledger.reject("a", 0)
+    assert not ledger.reject("b", 1)
+    assert not ledger.reject("a", 0)
     assert ledger.waiting == [0]
 
 

@@ -73,6 +73,8 @@ class Actor:
             wire.port,
             wire.connect_timeout_s,
             on_wait=self._report_wait,
+            peer_timeout_s=wire.peer_timeout_s,
+            on_sent=lambda message: self.held.discard(message.header.get("number")),
             security=security.read(wire),
         )
         self.client.connect()

@@ -21,6 +21,7 @@ from lerobot_pirl.policies.base import chain_log_prob
 from lerobot_pirl.transport import server as server_module
 from lerobot_pirl.transport.server import keepalive
 from lerobot_pirl.weights import replaced
+from lerobot_pirl.wire import Message
 from tests.comparison import metrics_differences
 from tests.forks import ForkedRun, Nursery
 from tests.terminals import end_well, running
@@ -234,6 +235,27 @@ def test_messages_that_come_twice_are_refused_and_logged_and_the_run_goes_on(alo
     assert all("was delivered before" in each or "which is over" in each for each in refused)
     assert caplog.text.count("refused one rollout") == len(refused)
     assert "refused one evaluation" in caplog.text
+
+
+def test_what_cannot_be_used_is_collected_again_by_the_same_actor(alone, tmp_path, caplog):
+    cfg = same_run(tmp_path / "run")
+    with learning(cfg) as learner:
+        hand = Hand(learner)
+        post, spoilt = hand.actor.client.post, []
+
+        def spoil_the_first(message) -> None:
+            if message.kind == "rollout" and not spoilt:
+                spoilt.append(message.header["number"])
+                tensors = message.tensors | {"log_prob": message.tensors["log_prob"] * torch.nan}
+                message = Message(message.kind, message.header, tensors)
+            post(message)
+
+        hand.actor.client.post = spoil_the_first
+        train(learner, [hand])
+        assert "log_prob holds a number that is not finite" in caplog.text
+        assert assert_whole(cfg.output_dir) == {hand.id}
+        found = weights(learner)
+        assert all(torch.equal(found[name], value) for name, value in alone[1].items())
 
 
 def test_groups_that_several_actors_collect_are_whole(tmp_path):

@@ -13,17 +13,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lerobot_pirl import checkpoint, folders, metrics, saving
+from lerobot_pirl import checkpoint, folders, ledger, metrics, saving
 from lerobot_pirl import learner as learner_module
 from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.inbox import MAX_USELESS
 from lerobot_pirl.launch import RunError
 from lerobot_pirl.learner import Learner
+from lerobot_pirl.ledger import LEDGER_FILE
 from lerobot_pirl.restore import CheckpointError
 from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.transport.server import _Stream
 from lerobot_pirl.wire import Message, decode
 from tests.test_algorithm import make_rollout
+from tests.test_ledger import read_ledger
 from tests.toy import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -720,6 +722,21 @@ def test_the_last_lines_of_the_log_are_waited_for_too(learner, monkeypatch):
     assert len(tries) == 2
     assert [record["iteration"] for record in records(learner)] == [1, 2]
     assert checkpoints(learner) == ["000002", "last"]
+
+
+def test_a_checkpoint_waits_for_the_ledger_s_lines_of_its_updates(learner, monkeypatch, caplog):
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr(ledger, "append_lines", refuse)
+    deliver(learner)
+    learner.iterate()
+    assert f"{LEDGER_FILE} cannot be written (No space left on device); its lines are kept" in caplog.text
+    assert not learner.saver.save()
+    assert checkpoints(learner) == []
+    monkeypatch.undo()
+    assert learner.saver.save()
+    assert list(read_ledger(learner.cfg.output_dir / LEDGER_FILE)) == [1]
 
 
 def test_one_interrupt_ends_the_wait_for_a_last_checkpoint(learner, full_disk, monkeypatch):

@@ -146,7 +146,8 @@ class Group:
 
     def publish(self) -> None:
         """Offer a version without weights."""
-        self.server.publish(Message("weights", {"policy_version": self.version}))
+        header = {"session": ADDRESS["session"], "policy_version": self.version}
+        self.server.publish(Message("weights", header))
 
     def iterate(self) -> float:
         """Return the seconds of an iteration, from its publication to its last episode."""

@@ -54,7 +54,8 @@ class Ledger:
     Attributes:
         per_iteration: episodes of one iteration.
         max_staleness: iterations that an episode may be ahead of the policy version that acts in it.
-        version: the newest policy version, and the first iteration that is not over.
+        version: the newest policy version.
+        trained: iterations that were learned from, also those of which no newer version is open yet.
         opened: the first number that may not be handed out yet.
         waiting: numbers that nobody has, ascending.
         peers: the actors that take part, by id.
@@ -66,6 +67,7 @@ class Ledger:
     per_iteration: int
     max_staleness: int = 0
     version: int = 0
+    trained: int = 0
     opened: int = 0
     waiting: list[int] = field(default_factory=list)
     peers: dict[str, Peer] = field(default_factory=dict)
@@ -155,7 +157,7 @@ class Ledger:
         if type(number) is not int or type(version) is not int or not 0 <= number < self.opened:
             return f"episode {shown(number)} of policy version {shown(version)} was never asked for"
         iteration = number // self.per_iteration
-        if iteration < self.version:
+        if iteration < max(self.version, self.trained):
             return f"episode {number} belongs to policy version {iteration}, which is over"
         if number in self.delivered:
             return f"episode {number} was delivered before"
@@ -207,6 +209,8 @@ class Ledger:
 
     def train(self, iteration: int) -> None:
         """Write down that an iteration was learned from; nothing of it counts again."""
+        # before its numbers leave the list of those that came in: they may come again at any time
+        self.trained = iteration + 1
         self._settle(self.numbers(iteration), state="trained", iteration=iteration + 1)
 
     def drop(self, reason: str) -> None:

@@ -218,6 +218,14 @@ def test_what_counts_and_why_the_rest_does_not(number, version, reason):
     assert ledger.judge(number, version) == reason
 
 
+def test_what_was_trained_is_over_before_the_next_version_is_open():
+    ledger = opened(2, "a")
+    for number in (0, 1):
+        ledger.accept("a", number, 0)
+    ledger.train(0)
+    assert ledger.judge(1, 0) == "episode 1 belongs to policy version 0, which is over"
+
+
 def test_who_delivers_first_counts_whoever_was_to_do_it():
     ledger = opened(2, "a")
     hand(ledger, "a")

@@ -173,7 +173,11 @@ class LearnerServer:
         security.check_host(host)
         self.closed = False
         self._service = _Service(max_rollouts, max_bytes)
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 2 * PIECE_BYTES), *keepalive(peer_timeout_s)]
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", 2 * PIECE_BYTES),
+            *keepalive(peer_timeout_s),
+        ]
         self._server = grpc.server(
             ThreadPoolExecutor(SERVER_THREADS), interceptors=security.interceptors(), options=options
         )

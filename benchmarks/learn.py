@@ -4,10 +4,10 @@ A scripted expert records demonstrations, ``lerobot-train`` fits a tiny X-VLA, `
 environments, LeRobot's learner and actor improve it under this recipe, and ``lerobot-eval`` measures before and after
 without any exploration. What is finished is not done again, what was interrupted goes on from its last checkpoint.
 
-    python -m benchmarks.learn [--folder outputs/learn] [--only NAME ...] [--jobs 2] [--write]
+    python -m benchmarks.learn [tabletop | libero] [--folder FOLDER] [--only NAME ...] [--jobs 2] [--write]
 
 Names are shell patterns of runs, such as ``pickup-flow_sde-*``; ``--write`` puts figures and curves where
-``docs/results.md`` shows them.
+``docs/results.md`` shows them. ``libero`` is a task on LIBERO's simulator, which must be installed.
 """
 
 import argparse
@@ -31,11 +31,9 @@ from tests.smoke import free_port, versions
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"
-RESULT = ROOT / "benchmarks" / "results" / "learn_tabletop.json"
+RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-EVAL_EPISODES = 200
 INIT_STATES = 50
-IMAGE_SIZE = 32
 SEEDS = (1, 2, 3)
 REPORT_EVERY_S = 60
 VARIANTS = ("flow_sde", "flow_noise")
@@ -46,21 +44,39 @@ SHUFFLED = (
 
 @dataclass(frozen=True)
 class Task:
-    """A task and what its starting policy is made of.
+    """A task, what its starting policy is made of, and where it acts.
 
     Attributes:
-        name: of the tabletop's task.
-        demonstrations: number of recorded episodes.
-        slips: probability per step of them that a slip begins.
+        name: of the task.
+        record: module that records demonstrations and its options, up to the folder.
         train_steps: of ``lerobot-train``.
-        step_limit: of an episode, in training and evaluation.
+        train: its config file's name.
+        env: options of the environment, in training and evaluation.
+        eval_episodes: of every ``lerobot-eval``.
+        eval_batch: how many of them side by side.
     """
 
     name: str
-    demonstrations: int
-    slips: float
+    record: tuple[str, ...]
     train_steps: int
-    step_limit: int
+    train: str
+    env: tuple[str, ...]
+    eval_episodes: int
+    eval_batch: int
+
+
+def tabletop_task(name: str, record: tuple[str, ...], train_steps: int, step_limit: int) -> Task:
+    """Return a tabletop task whose episodes end after so many steps."""
+    env = (
+        "--env.discover_packages_path=lerobot_pirl.envs",
+        "--env.type=tabletop",
+        f"--env.task={name}",
+        "--env.observation_height=32",
+        "--env.observation_width=32",
+        f"--env.episode_length={step_limit}",
+    )
+    words = ("benchmarks.demonstrations", f"--task={name}", "--size=32", *record)
+    return Task(name, words, train_steps, "train", env, 4 * INIT_STATES, INIT_STATES)
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,24 @@ class Run:
         return f"{self.task}-{self.kind}-{self.seed}"
 
 
-TASKS = {task.name: task for task in (Task("reach", 10, 0.0, 120, 10), Task("pickup", 100, 0.06, 1000, 25))}
+LIBERO = (
+    "--env.type=libero",
+    "--env.task=libero_goal",
+    "--env.task_ids=[8]",
+    "--env.control_mode=absolute",
+    "--env.observation_height=64",
+    "--env.observation_width=64",
+    "--env.episode_length=60",
+)
+BOWL = ("benchmarks.libero_expert", "--episodes=30", "--seed=500", "--slips=0.05", "--size=64", "--record")
+SUITES = {
+    "tabletop": (
+        tabletop_task("reach", ("--episodes=10",), 120, 10),
+        tabletop_task("pickup", ("--episodes=100", "--slips=0.06"), 1000, 25),
+    ),
+    "libero": (Task("bowl_on_plate", BOWL, 600, "train_libero", LIBERO, 2 * INIT_STATES, 1),),
+}
+TASKS = {task.name: task for suite in SUITES.values() for task in suite}
 ANNOTATIONS = {
     "flow_sde": "Flow-SDE",
     "flow_noise": "Flow-Noise",
@@ -104,11 +137,13 @@ def config(task: str, variant: str) -> str:
     return f"--config_path={CONFIGS / f'{task}_{variant}.json'}"
 
 
-def all_runs() -> list[Run]:
-    """Return the runs of the report: every task with every variant and seed, then the controls."""
+def all_runs(suite: str) -> list[Run]:
+    """Return the runs of a report: every task with every variant and seed, then the controls."""
+    if suite == "libero":
+        return [Run("bowl_on_plate", "flow_sde", 1, (config("bowl_on_plate", "flow_sde"),))]
     runs = [
-        Run(task, variant, seed, (config(task, variant),))
-        for task in TASKS
+        Run(task.name, variant, seed, (config(task.name, variant),))
+        for task in SUITES[suite]
         for variant in VARIANTS
         for seed in SEEDS
     ]
@@ -172,15 +207,11 @@ class Bench:
             return start
         for folder in (demos, trained):
             shutil.rmtree(folder, ignore_errors=True)
-        show(f"{task.name}: {task.demonstrations} demonstrations")
-        words = [sys.executable, "-m", "benchmarks.demonstrations", demos, f"--task={task.name}"]
-        words.append(f"--size={IMAGE_SIZE}")
-        self.command(
-            f"{task.name}-record", [*words, f"--episodes={task.demonstrations}", f"--slips={task.slips}"]
-        )
+        show(f"{task.name}: demonstrations")
+        self.command(f"{task.name}-record", [sys.executable, "-m", *task.record, demos])
         show(f"{task.name}: lerobot-train, {task.train_steps} steps")
         options = [
-            f"--config_path={CONFIGS / 'train.json'}",
+            f"--config_path={CONFIGS / f'{task.train}.json'}",
             f"--dataset.root={demos}",
             f"--output_dir={trained}",
             f"--steps={task.train_steps}",
@@ -201,14 +232,9 @@ class Bench:
                 tool("lerobot-eval"),
                 f"--policy.path={policy}",
                 "--policy.device=cpu",
-                "--env.discover_packages_path=lerobot_pirl.envs",
-                "--env.type=tabletop",
-                f"--env.task={task}",
-                f"--env.episode_length={TASKS[task].step_limit}",
-                f"--env.observation_height={IMAGE_SIZE}",
-                f"--env.observation_width={IMAGE_SIZE}",
-                f"--eval.n_episodes={EVAL_EPISODES}",
-                f"--eval.batch_size={INIT_STATES}",
+                *TASKS[task].env,
+                f"--eval.n_episodes={TASKS[task].eval_episodes}",
+                f"--eval.batch_size={TASKS[task].eval_batch}",
                 f"--output_dir={folder}",
                 *options,
             ]
@@ -352,7 +378,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path("outputs/learn"))
+    parser.add_argument("suite", nargs="?", choices=SUITES, default="tabletop")
+    parser.add_argument("--folder", type=Path, help="outputs/learn_<suite> when not given")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of runs")
     parser.add_argument(
         "--jobs", type=int, default=2, help="runs side by side, each with a thread per process"
@@ -360,9 +387,11 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write figures and pictures into the repository")
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    bench = Bench(arguments.folder.resolve())
+    bench = Bench((arguments.folder or Path(f"outputs/learn_{arguments.suite}")).resolve())
     runs = [
-        run for run in all_runs() if any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only)
+        run
+        for run in all_runs(arguments.suite)
+        if any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only)
     ]
     tasks = [task for name, task in TASKS.items() if any(run.task == name for run in runs)]
     clock = time.monotonic()
@@ -381,14 +410,16 @@ def main() -> int:
         "starts": starts,
         "runs": results,
         "commands": bench.commands,
-        "episodes": EVAL_EPISODES,
+        "episodes": {task.name: task.eval_episodes for task in tasks},
         "hours": (time.monotonic() - clock) / 3600,
         "cpu": {"cores": os.cpu_count(), "machine": platform.machine()},
         "versions": versions(),
     }
     text = json.dumps(report, indent=1).replace(f"{bench.folder}/", "").replace(f"{ROOT}/", "")
     pictures = PICTURES if arguments.write else bench.folder / "pictures"
-    (RESULT if arguments.write else bench.folder / "report.json").write_text(text + "\n")
+    (
+        RESULTS / f"learn_{arguments.suite}.json" if arguments.write else bench.folder / "report.json"
+    ).write_text(text + "\n")
     draw(bench, results, pictures)
     print(table(rows))
     return 0

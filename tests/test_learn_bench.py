@@ -9,20 +9,22 @@ from benchmarks import learn
 from lerobot_pirl import ppo, registry
 from lerobot_pirl.parsing import parse_config
 
-RUNS = {run.name: run for run in learn.all_runs()}
+RUNS = {run.name: run for suite in learn.SUITES for run in learn.all_runs(suite)}
 
 
 @pytest.mark.parametrize("kind", sorted({(run.task, run.kind) for run in RUNS.values()}))
 def test_runs_train_on_what_is_evaluated(monkeypatch, kind):
     task, name = kind
     run = RUNS[f"{task}-{name}-1"]
+    recipe = registry.recipe("pi-rl").config_class
     monkeypatch.setattr(sys, "argv", ["learner", *run.options, "--seed=1"])
-    cfg = parse_config(registry.recipe("pi-rl").config_class)
+    cfg = parse_config(recipe)
     cfg.validate(check_output_dir=False)
-    assert cfg.env.task == task
-    assert cfg.env.episode_length == learn.TASKS[task].step_limit
-    assert cfg.env.observation_height == cfg.env.observation_width == learn.IMAGE_SIZE
-    assert cfg.algorithm.max_episode_steps is None
+    monkeypatch.setattr(sys, "argv", ["learner", *run.options, *learn.TASKS[task].env])
+    evaluated = parse_config(recipe).env
+    # a limit of the algorithm's own holds in the environment too
+    cfg.env.episode_length = cfg.algorithm.max_episode_steps or cfg.env.episode_length
+    assert cfg.env == evaluated
     assert cfg.algorithm.variant == ("flow_noise" if name == "flow_noise" else "flow_sde")
     assert (cfg.algorithm.learning_rate == 0) == (name == "rate_zero")
     assert (cfg.algorithm.advantage == "grpo") == (name == "grpo")
@@ -30,10 +32,11 @@ def test_runs_train_on_what_is_evaluated(monkeypatch, kind):
 
 
 def test_every_kind_of_run_has_every_seed_and_a_name_in_the_table():
-    for run in RUNS.values():
+    tabletop = learn.all_runs("tabletop")
+    for run in tabletop:
         assert run.kind in learn.ANNOTATIONS
         assert {f"{run.task}-{run.kind}-{seed}" for seed in learn.SEEDS} <= set(RUNS)
-    assert len(RUNS) == 3 * (2 * 2 + 5)
+    assert len({run.name for run in tabletop}) == len(tabletop) == 3 * (2 * 2 + 5)
 
 
 def test_shuffling_gives_every_advantage_to_some_chunk(monkeypatch):
@@ -78,7 +81,7 @@ def test_success_is_measured_by_lerobot_within_the_step_limit_on_fixed_and_on_ot
     fixed, elsewhere = bench.commands["x-eval"], bench.commands["x-elsewhere-eval"]
     for command in (fixed, elsewhere):
         assert "lerobot-eval" in command and "--eval.n_episodes=200" in command
-        assert f"--env.episode_length={learn.TASKS['pickup'].step_limit}" in command
+        assert "--env.task=pickup" in command and "--env.episode_length=25" in command
     assert "init_states" not in fixed and "--env.init_states=false" in elsewhere
     bench.commands.clear()
     bench.measure("x", "pickup", tmp_path)

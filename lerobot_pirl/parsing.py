@@ -202,7 +202,9 @@ def _wanted(kinds: tuple[Any, ...], value: Any) -> str | None:
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     wanted = " or ".join(word for kind, word in words.items() if kind in kinds)
     number_is_flag = isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds)
-    return wanted if number_is_flag or (value is None and wanted) else None
+    # draccus makes the text '[]' of an empty list
+    is_group = isinstance(value, list | dict) and all(kind in words or kind is type(None) for kind in kinds)
+    return wanted if number_is_flag or is_group or (value is None and wanted) else None
 
 
 def sentence(

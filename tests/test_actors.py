@@ -267,30 +267,51 @@ def test_groups_that_several_actors_collect_are_whole(tmp_path):
         assert learner.version == STEPS
 
 
+def stop_after_an_update(learner: Learner, num_actors: int) -> None:
+    """Run a learner until it is interrupted while it waits for its second iteration; it leaves a checkpoint."""
+    check = learner.inbox.check_interrupts
+
+    def stop() -> None:
+        if learner.version == 1:
+            raise KeyboardInterrupt
+        check()
+
+    learner.inbox.check_interrupts = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(learner, [Hand(learner) for _ in range(num_actors)])
+
+
+def resumed(cfg):
+    """Return the config that goes on from the checkpoint of the first update."""
+    cfg.resume, cfg.checkpoint_path = True, cfg.output_dir / "checkpoints" / "000001"
+    cfg.policy.pretrained_path = cfg.checkpoint_path / "pretrained_model"
+    return cfg
+
+
 def test_a_resumed_run_goes_on_with_other_actors_and_in_the_same_ledger(alone, tmp_path):
-    cfg = same_run(tmp_path / "run")
-    cfg.save_freq = 1
-    with learning(cfg) as learner:
-        check = learner.inbox.check_interrupts
-
-        def stop() -> None:
-            if learner.version == 1:
-                raise KeyboardInterrupt
-            check()
-
-        learner.inbox.check_interrupts = stop
-        with pytest.raises(KeyboardInterrupt):
-            train(learner, [Hand(learner) for _ in range(2)])
-    again = same_run(tmp_path / "run")
-    again.resume, again.checkpoint_path = True, cfg.output_dir / "checkpoints" / "000001"
-    again.policy.pretrained_path = again.checkpoint_path / "pretrained_model"
-    with learning(again) as learner:
+    folder = tmp_path / "run"
+    with learning(same_run(folder)) as learner:
+        stop_after_an_update(learner, 2)
+    with learning(resumed(same_run(folder))) as learner:
         train(learner, [Hand(learner) for _ in range(2)])
-        assert_whole(cfg.output_dir)
+        assert_whole(folder)
         found = weights(learner)
         assert all(torch.equal(found[name], value) for name, value in alone[1].items())
-    lines = [json.loads(line) for line in (cfg.output_dir / LEDGER_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / LEDGER_FILE).read_text().splitlines()]
     assert [line["iteration"] for line in lines if line["state"] == "resumed"] == [1]
+
+
+def test_a_resume_with_one_actor_is_exact_with_several_environments_too(tmp_path):
+    with learning(run_config(tmp_path / "whole", n_envs=4)) as learner:
+        train(learner, [Hand(learner)])
+        expected = weights(learner)
+    with learning(run_config(tmp_path / "run", n_envs=4)) as learner:
+        stop_after_an_update(learner, 1)
+    with learning(resumed(run_config(tmp_path / "run", n_envs=4))) as learner:
+        train(learner, [Hand(learner)])
+        found = weights(learner)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert metrics_differences(records(tmp_path / "whole"), records(tmp_path / "run")) == []
 
 
 def test_actors_collect_during_an_update_and_the_ratio_is_that_to_the_version_that_acted(tmp_path):

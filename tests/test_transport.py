@@ -71,6 +71,7 @@ def test_every_actor_gets_every_version_and_a_late_one_the_newest(server, client
 
 
 def test_the_end_follows_the_last_weights(server, client):
+    assert present(server, client.actor)
     server.publish(weights(7))
     server.end(ok=True, reason="7 updates are done")
     assert client.next_message().header["policy_version"] == 7

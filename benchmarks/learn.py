@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,19 +176,28 @@ class Bench:
 
     Attributes:
         folder: where it goes.
-        commands: name -> command line as a user types it.
     """
 
     folder: Path
-    commands: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """Every command that was run, as a user types it, by the name of its log."""
+        logs = {log.stem: log.read_text(errors="replace") for log in sorted(self.folder.glob("*.log"))}
+        return {name: text.partition("\n")[0].removeprefix("$ ") for name, text in logs.items()}
 
     def command(self, name: str, words: Iterable[Any]) -> None:
-        """Run a command, its output in ``<name>.log``; raises RuntimeError when it fails."""
+        """Run a command, itself and its output in ``<name>.log``; raises RuntimeError when it fails."""
         words = [str(word) for word in words]
-        self.commands[name] = shlex.join(["python" if word == sys.executable else word for word in words])
+        typed = [
+            "python" if word == sys.executable else word.removeprefix(f"{Path(sys.executable).parent}/")
+            for word in words
+        ]
         log = self.folder / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
+            file.write(f"$ {shlex.join(typed)}\n".encode())
+            file.flush()
             done = subprocess.run(
                 words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, check=False
             )
@@ -283,8 +292,7 @@ class Bench:
         clock = time.monotonic()
         self.run_both(run, options)
         # of a resumed run the seconds of the last sitting alone
-        seconds, command = time.monotonic() - clock, self.commands[f"{run.name}-learner"]
-        trained = {"seconds": seconds, "resumed": resumed, "command": command}
+        trained = {"seconds": time.monotonic() - clock, "resumed": resumed}
         (output / "trained.json").write_text(json.dumps(trained) + "\n")
 
     def run_both(self, run: Run, options: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The learning benchmark: its configs are valid and agree with its evaluations, its report says what was measured."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -52,7 +53,9 @@ def test_shuffling_gives_every_advantage_to_some_chunk(monkeypatch):
 
 
 class Commands(learn.Bench):
-    """Writes down commands in place of running them; ``prepare`` leaves its folder."""
+    """Writes down commands in place of running them; ``prepare`` and evaluations leave what they would."""
+
+    commands = {}
 
     def command(self, name, words):
         words = [str(word) for word in words]
@@ -65,8 +68,20 @@ class Commands(learn.Bench):
             (folder / "eval_info.json").write_text('{"overall": {"pc_success": 37.5}}')
 
 
+def test_a_commands_log_begins_with_it_and_a_failure_tells_its_last_words(tmp_path):
+    bench = learn.Bench(tmp_path)
+    bench.command("one", [sys.executable, "-c", "print('its output')"])
+    line = f"python -c {shlex.quote("print('its output')")}"
+    assert (tmp_path / "one.log").read_text() == f"$ {line}\nits output\n"
+    assert bench.commands == {"one": line}
+    with pytest.raises(RuntimeError, match=r"two exits with status 3, .*two\.log ends with: last words"):
+        bench.command("two", [sys.executable, "-c", "print('last words'); raise SystemExit(3)"])
+    assert bench.commands.keys() == {"one", "two"} and bench.commands["two"].startswith("python -c ")
+
+
 def test_a_starting_policy_is_recorded_trained_and_prepared_once(tmp_path):
     bench = Commands(tmp_path)
+    bench.commands.clear()
     start = bench.start(learn.TASKS["pickup"])
     assert list(bench.commands) == ["pickup-record", "pickup-train", "pickup-prepare"]
     assert str(start) in bench.commands["pickup-prepare"]
@@ -77,6 +92,7 @@ def test_a_starting_policy_is_recorded_trained_and_prepared_once(tmp_path):
 
 def test_success_is_measured_by_lerobot_within_the_step_limit_on_fixed_and_on_other_states(tmp_path):
     bench = Commands(tmp_path)
+    bench.commands.clear()
     assert bench.measure("x", "pickup", tmp_path) == {"success": 0.375, "success_elsewhere": 0.375}
     fixed, elsewhere = bench.commands["x-eval"], bench.commands["x-elsewhere-eval"]
     for command in (fixed, elsewhere):

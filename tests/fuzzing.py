@@ -11,6 +11,7 @@ import json
 import math
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -305,15 +306,18 @@ def talk(rng: random.Random, stub: services_pb2_grpc.LearnerServiceStub, data: b
     method = rng.choice((stub.SendTransitions, stub.SendTransitions, stub.SendInteractions))
     pieces = [to_piece(*piece).SerializeToString() for piece in mutate_stream(rng, data)]
     kind = services_pb2.Transition if method == stub.SendTransitions else services_pb2.InteractionMessage
-    leave = rng.random() < 0.1
+    leave, begun = rng.random() < 0.1, threading.Event()
 
     def request() -> Iterator:
         for piece in pieces:
             yield kind.FromString(piece)
         if leave:
+            # gRPC may be here before it has returned the call
+            begun.wait()
             call.cancel()
 
     call = method.future(request(), timeout=60.0)
+    begun.set()
     with contextlib.suppress(grpc.FutureCancelledError):
         call.exception()
     return call.code().name

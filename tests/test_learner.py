@@ -299,7 +299,7 @@ def test_an_update_reads_the_same_whoever_delivered_what_in_whatever_order(learn
     deliver(learner)
     learner.server._service.inbox = message_queue
     for i, message in enumerate(reversed(put)):
-        stats = {"collect_s": 0.5, "env_s": 0.1 * i, "gripper_flips": 1.0}
+        stats = {"collect_s": 0.5 - 0.1 * i, "env_s": 0.1 * i, "gripper_flips": 1.0}
         message.header.update(actor=f"actor {i}", stats=stats)
         message_queue.put(message)
     rollout, whole = learner.receive(), make_rollout(learner.adapter)
@@ -307,7 +307,7 @@ def test_an_update_reads_the_same_whoever_delivered_what_in_whatever_order(learn
     _, found = rollout.to_tensors()
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    # the seconds of one actor, not the sum of those that collect at once
+    # the seconds of the actor that took longest, not the sum of those that collect at once
     assert rollout.stats == {
         "collect_s": 0.5,
         "env_s": 0.0,
@@ -522,7 +522,7 @@ def test_an_evaluation_of_another_version_is_left_out(learner, caplog):
     evaluated(learner, [False])
     learner.evaluate()
     assert records(learner)[0]["eval/success_rate"] == 0.0
-    assert "refused one evaluation of actor : its policy_version is 3, here 0" in caplog.text
+    assert "refused one evaluation of actor a: its policy_version is 3, here 0" in caplog.text
 
 
 def test_a_version_is_evaluated_once(learner):

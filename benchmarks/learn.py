@@ -115,8 +115,8 @@ LIBERO = (
 BOWL = ("benchmarks.libero_expert", "--episodes=30", "--seed=500", "--slips=0.05", "--size=64", "--record")
 SUITES = {
     "tabletop": (
-        tabletop_task("reach", ("--episodes=10",), 120, 10),
-        tabletop_task("pickup", ("--episodes=100", "--slips=0.06"), 1000, 25),
+        tabletop_task("reach", ("--episodes=20",), 120, 8),
+        tabletop_task("pickup", ("--episodes=60", "--slips=0.06"), 700, 25),
     ),
     "libero": (Task("bowl_on_plate", BOWL, 600, "train_libero", LIBERO, 2 * INIT_STATES, 1),),
 }

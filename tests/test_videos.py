@@ -444,12 +444,13 @@ def test_the_actor_writes_them_where_the_option_says_so(wanted, tmp_path, caplog
         videos=made,
         num_init_states={0: 50},
         collector=Collector(logged_envs(1, []), GoalAdapter(), 0.5, 7),
-        client=SimpleNamespace(send=sent.append),
+        client=SimpleNamespace(post=sent.append),
+        version=40,
         _start_bar=lambda what, count: None,
-        _address=lambda version, session: {},
+        _address=dict,
     )
     with caplog.at_level(logging.INFO):
-        actor.Actor.evaluate(fake, 40, "session", 2)
+        actor.Actor.evaluate(fake, 2)
     assert sent[0].tensors["success"].tolist() == [True, False]
     folder = tmp_path / "videos" / "eval_40"
     assert (tmp_path / "videos").exists() == wanted

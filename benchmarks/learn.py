@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,7 +303,7 @@ class Bench:
                 pool.submit(self.command, f"{run.name}-{side}", [sys.executable, *start, *options])
                 for side, start in sides.items()
             ]
-            while wait(futures, timeout=REPORT_EVERY_S, return_when=FIRST_EXCEPTION).not_done:
+            while wait(futures, timeout=REPORT_EVERY_S).not_done:
                 show(f"{run.name}: {progress(self.folder / 'runs' / run.name)}")
             for future in futures:
                 future.result()

@@ -111,6 +111,23 @@ def test_progress_tells_the_update_and_the_last_evaluations(tmp_path):
     assert learn.progress(tmp_path) == "update 7, success without noise 25%"
 
 
+def test_a_side_that_fails_is_told_of_once_the_other_has_ended_and_progress_comes_no_faster(
+    tmp_path, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(learn, "REPORT_EVERY_S", 0.05)
+    monkeypatch.setattr(learn, "show", shown.append)
+    bench = learn.Bench(tmp_path)
+    run = learn.Run("reach", "flow_sde", 1, learner=("-c", "raise SystemExit('no port')"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\n[ $1 = -m ] && exec sleep 0.5\necho no port; exit 2\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(RuntimeError, match="reach-flow_sde-1-learner exits with status 2, .*no port"):
+        bench.run_both(run, [])
+    assert 1 <= len(shown) < 100
+    assert set(shown) == {"reach-flow_sde-1: no update yet"}
+
+
 def result(seed: int, success: float, seconds: float) -> dict:
     run = {"task": "pickup", "kind": "flow_sde", "seed": seed, "seconds": seconds}
     return run | {"success": success, "success_elsewhere": success - 0.05}

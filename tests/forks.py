@@ -86,13 +86,25 @@ class ForkedRun(Run):
         self.nursery = nursery
 
     def start(
-        self, role: str, *options: str, config: Path | None = None, different: tuple[str, ...] = ()
+        self,
+        role: str,
+        *options: str,
+        config: Path | None = None,
+        different: tuple[str, ...] = (),
+        namespace: str | None = None,
     ) -> Terminal:
-        """Start a role; ``different`` names fields of its metadata that differ from what they would be."""
+        """Start a role.
+
+        Args:
+            role, options, config: as :meth:`Run.start`.
+            different: fields of its metadata that differ from what they would be.
+            namespace: the network that it sees, by its name for ``ip netns``.
+        """
         log = self.folder / f"{role}{len(self.started)}.log"
         log.touch()
         arguments = self.arguments(*options, config=config)
-        pid = self.nursery.ask(start=role, arguments=arguments, log=str(log), different=different)
+        more = {"different": different, "namespace": namespace}
+        pid = self.nursery.ask(start=role, arguments=arguments, log=str(log), **more)
         fork = Fork(self.nursery, pid)
         self.started.append(fork)
         return Terminal(fork, log)
@@ -124,6 +136,9 @@ def _become(request: dict[str, Any]) -> None:
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        if request["namespace"]:
+            with open(f"/run/netns/{request['namespace']}") as network:
+                os.setns(network.fileno(), os.CLONE_NEWNET)
         sys.argv = [f"lerobot-pirl-{request['start']}", *request["arguments"]]
         _make_different(request["different"])
         status = launch.main(request["start"])

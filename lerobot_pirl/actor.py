@@ -139,6 +139,8 @@ class Actor:
         except (MetadataMismatch, RegistryError, ValueError) as error:
             self.client.send_refusal(str(error))
             raise launch.RunError(str(error)) from error
+        # as large as the policy, and nobody reads them again
+        message.tensors.clear()
         if not self.session:
             logger.info("metadata of the learner %s", one_line(theirs))
         logger.info("policy version %d applied", version)

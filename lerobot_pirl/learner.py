@@ -191,6 +191,7 @@ class Learner:
         received = time.perf_counter()
         before = probe.positions(self.adapter, rollout, self.cfg.seed)
         self.updating = True
+        self.server.withdraw()
         stats = self.algorithm.update(iter([rollout]))
         after = probe.positions(self.adapter, rollout, self.cfg.seed)
         updated = time.perf_counter()

@@ -68,7 +68,7 @@ def test_two_hundred_mutated_streams_leave_a_server_as_it_was(good):
     stream = stub.StreamParameters(services_pb2.Empty())
     assert decode(next(from_pieces(stream))).header["policy_version"] == 4
     last = encode(Message("refusal", {"reason": "still here"}))
-    stub.SendInteractions(to_pieces(last, services_pb2.InteractionMessage), timeout=10)
+    stub.SendInteractions(to_pieces([last], services_pb2.InteractionMessage), timeout=10)
     assert server.receive(timeout=10).header["reason"] == "still here"
     stream.cancel()
     channel.close()

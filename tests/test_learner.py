@@ -117,7 +117,7 @@ def test_an_iteration_updates_publishes_and_logs(learner):
     after = learner.algorithm.get_weights()
     assert learner.version == 1
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    published = decode(learner.server._service.published)
+    published = decode(b"".join(learner.server._service.published.parts))
     assert published.header["policy_version"] == 1
     assert all(torch.equal(published.tensors[name], after[name]) for name in after)
     (record,) = [json.loads(line) for line in learner.metrics.path.read_text().splitlines()]

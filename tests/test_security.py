@@ -133,10 +133,10 @@ def calls(stub: services_pb2_grpc.LearnerServiceStub, metadata: list) -> dict:
             stub.StreamParameters(services_pb2.Empty(), timeout=10, metadata=metadata)
         ),
         "SendTransitions": lambda: stub.SendTransitions(
-            to_pieces(rollout, services_pb2.Transition), timeout=10, metadata=metadata
+            to_pieces([rollout], services_pb2.Transition), timeout=10, metadata=metadata
         ),
         "SendInteractions": lambda: stub.SendInteractions(
-            to_pieces(refusal, services_pb2.InteractionMessage), timeout=10, metadata=metadata
+            to_pieces([refusal], services_pb2.InteractionMessage), timeout=10, metadata=metadata
         ),
     }
 

@@ -3,8 +3,11 @@
 import contextlib
 import re
 import socket
+import struct
 import threading
 import time
+import weakref
+from itertools import chain
 
 import grpc
 import pytest
@@ -12,8 +15,9 @@ import torch
 from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_pirl.transport import LearnerClient, LearnerServer
-from lerobot_pirl.transport.pieces import from_pieces, to_pieces
-from lerobot_pirl.wire import Message, WireError, encode
+from lerobot_pirl.transport.pieces import _Message, from_pieces, to_pieces
+from lerobot_pirl.transport.server import ACTOR_KEY, Publication
+from lerobot_pirl.wire import Message, WireError, decode, encode, payload_start
 
 
 @pytest.fixture
@@ -190,7 +194,7 @@ def test_an_address_that_others_reach_is_refused(host):
 )
 def test_bytes_that_are_no_rollout_are_refused_and_the_learner_serves_on(server, client, data):
     with pytest.raises(grpc.RpcError) as refused:
-        stub(server.port).SendTransitions(to_pieces(data, services_pb2.Transition), timeout=10)
+        stub(server.port).SendTransitions(to_pieces([data], services_pb2.Transition), timeout=10)
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     client.send(rollout(1))
     assert server.receive(timeout=10).header["policy_version"] == 1
@@ -203,7 +207,7 @@ def test_a_pickle_is_never_loaded(server, client, tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "pwned"), "w")
 
-    pieces = to_pieces(pickle.dumps(Evil()), services_pb2.InteractionMessage)
+    pieces = to_pieces([pickle.dumps(Evil())], services_pb2.InteractionMessage)
     with pytest.raises(grpc.RpcError):
         stub(server.port).SendInteractions(pieces, timeout=10)
     assert not (tmp_path / "pwned").exists()
@@ -364,16 +368,151 @@ def test_both_ends_notice_within_their_time_that_the_other_does_not_answer():
 
 def test_a_learner_that_sends_garbage_is_an_error_not_a_wait(server, client):
     service = server._service
+    publication = Publication(weights(0))
+    publication.parts = [b"garbage"]
     with service.condition:
-        service.published, service.serial = b"garbage", 1
+        service.published, service.serial = publication, 1
         service.condition.notify_all()
     with pytest.raises(ConnectionError, match="cannot be used: the message ends after 7 bytes"):
         client.next_message()
 
 
+def read_message(stream) -> Message:
+    return decode(next(from_pieces(stream)))
+
+
+def hold(message: Message) -> torch.Tensor:
+    (tensor,) = message.tensors.values()
+    return tensor
+
+
+def test_a_stream_that_an_update_overtakes_delivers_its_version_whole(server):
+    slow = stub(server.port).StreamParameters(services_pb2.Empty())
+    message = weights(0, size=4_000_000)  # more than the flow-control window takes
+    server.publish(message)
+    begun = [next(slow)]
+    server.withdraw()
+    hold(message).fill_(1)
+    server.publish(Message("weights", {"policy_version": 1}, message.tensors))
+    first = read_message(chain(begun, slow))
+    second = read_message(slow)
+    assert [each.header["policy_version"] for each in (first, second)] == [0, 1]
+    assert hold(first).eq(0).all() and hold(second).eq(1).all()
+    slow.cancel()
+
+
+def test_weights_that_nobody_reads_are_sent_from_their_own_memory_and_never_copied(server, client):
+    message = weights(3)
+    server.publish(message)
+    publication = server._service.published
+    assert client.next_message().header["policy_version"] == 3
+    with server._service.condition:
+        server._service.condition.wait_for(lambda: publication.readers == 0, timeout=10)
+    server.withdraw()
+    hold(message).fill_(7)
+    assert torch.frombuffer(bytearray(publication.parts[-1]), dtype=torch.float32).eq(7).all()
+
+
+def test_who_comes_while_the_weights_change_waits_for_the_next_and_for_what_refers_to_it(server):
+    message = weights(0)
+    server.publish(message)
+    server.withdraw()
+    hold(message).fill_(5)
+    late = connect(server.port)
+    assert present(server, late.actor)
+    server.tell(late.actor, share(8))
+    with late._condition:
+        assert not late._condition.wait_for(lambda: late._weights or late._shares, timeout=1.5)
+    server.publish(Message("weights", {"policy_version": 1}, message.tensors))
+    arrived = late.next_message()
+    assert (arrived.header["policy_version"], float(hold(arrived).max())) == (1, 5.0)
+    assert late.next_message().header == {"numbers": [8]}
+    late.close()
+
+
+def test_the_end_is_told_also_while_there_are_no_weights(server):
+    server.publish(weights(0))
+    server.withdraw()
+    late = connect(server.port)
+    assert present(server, late.actor)
+    server.end(ok=False, reason="interrupted")
+    assert late.next_message().header == {"ok": False, "reason": "interrupted"}
+    late.close()
+
+
+def test_an_actor_never_gets_a_mix_of_two_versions_while_updates_overtake_its_streams(server):
+    tensors = {name: torch.zeros(300_000) for name in "abc"}
+    stop = threading.Event()
+
+    def learn():
+        version = 0
+        while not stop.is_set():
+            server.withdraw()
+            for tensor in tensors.values():
+                tensor.fill_(version)
+            server.publish(Message("weights", {"policy_version": version}, tensors))
+            publication = server._service.published
+            while not publication.readers and not stop.is_set():
+                time.sleep(0.0005)
+            version += 1
+
+    learning = threading.Thread(target=learn)
+    learning.start()
+    try:
+        streams = [
+            stub(server.port).StreamParameters(services_pb2.Empty(), metadata=[(ACTOR_KEY, name)])
+            for name in "xy"
+        ]
+        for _ in range(10):
+            for stream in streams:
+                message = read_message(stream)
+                for tensor in message.tensors.values():
+                    assert tensor.eq(message.header["policy_version"]).all()
+    finally:
+        stop.set()
+        learning.join(30)
+    for stream in streams:
+        stream.cancel()
+
+
+def test_a_received_message_is_in_aligned_memory_which_only_its_reader_keeps():
+    for text in ("", "x", "xyz"):
+        message = Message("weights", {"text": text}, {"w": torch.arange(5.0)})
+        whole = from_pieces(to_pieces([encode(message)], services_pb2.Transition))
+        data = next(whole)
+        weight = decode(data).tensors["w"]
+        payload = weight.data_ptr() - (len(data) - weight.nbytes) + payload_start(data)
+        assert payload % 64 == 0
+        data[-4:] = bytes(4)
+        assert weight.tolist() == [0, 1, 2, 3, 0]
+        memory = weakref.ref(data.obj)
+        assert memory() is not None
+        del data, weight
+        assert memory() is None
+
+
+def test_who_announces_much_and_sends_little_holds_little(monkeypatch):
+    resource = pytest.importorskip("resource")
+    start = bytearray(encode(weights(0))[:200])
+    struct.pack_into("<Q", start, 10, 2 * 2**30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    messages = [_Message(2**40) for _ in range(8)]
+    for message in messages:
+        message.add(bytes(start))
+    assert all(message.content == start for message in messages)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16
+
+    def refuse(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("numpy.empty", refuse)
+    with pytest.raises(WireError, match="more than this machine has left"):
+        _Message(2**40).add(bytes(start))
+
+
 def test_a_message_in_one_piece_never_takes_a_former_rest_along():
-    begun = list(to_pieces(encode(rollout(1)), services_pb2.Transition))[:1]
-    whole = list(to_pieces(encode(rollout(2)), services_pb2.Transition))
+    begun = list(to_pieces([encode(rollout(1))], services_pb2.Transition))[:1]
+    whole = list(to_pieces([encode(rollout(2))], services_pb2.Transition))
     assert list(from_pieces(begun + whole)) == [encode(rollout(2))]
 
 

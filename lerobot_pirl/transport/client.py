@@ -15,7 +15,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot_pirl.transport.pieces import from_pieces, to_pieces
 from lerobot_pirl.transport.security import OPEN, Security, address
 from lerobot_pirl.transport.server import ACTOR_KEY, PEER_TIMEOUT_S, keepalive
-from lerobot_pirl.wire import MAX_BYTES, Message, decode, encode
+from lerobot_pirl.wire import MAX_BYTES, Message, decode, encode, encode_parts
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,8 @@ class LearnerClient:
         try:
             for data in from_pieces(stream, self.max_bytes):
                 self._keep(decode(data, self.max_bytes))
+                # what is waited for now may be as large again
+                del data
                 # a learner that forgot this actor with its former stream
                 if self._wish and not known:
                     self._send_wish()
@@ -245,11 +247,11 @@ class LearnerClient:
         Raises:
             ConnectionError: when the learner refuses one.
         """
-        encoded = [encode(message) for message in messages]
-        deadline = 60.0 + sum(map(len, encoded)) / 2**20
+        encoded = [encode_parts(message) for message in messages]
+        deadline = 60.0 + sum(len(part) for parts in encoded for part in parts) / 2**20
         while not self.ended and not self._closed:
             try:
-                pieces = chain.from_iterable(to_pieces(data, services_pb2.Transition) for data in encoded)
+                pieces = chain.from_iterable(to_pieces(parts, services_pb2.Transition) for parts in encoded)
                 self._call("SendTransitions", pieces, timeout=deadline)
                 return
             except grpc.RpcError as error:
@@ -268,7 +270,7 @@ class LearnerClient:
 
     def _interact(self, message: Message) -> None:
         try:
-            pieces = to_pieces(encode(message), services_pb2.InteractionMessage)
+            pieces = to_pieces([encode(message)], services_pb2.InteractionMessage)
             self._call("SendInteractions", pieces, timeout=ANSWER_TIMEOUT_S)
         except (grpc.RpcError, ValueError) as error:
             name = error.code().name if isinstance(error, grpc.RpcError) else error

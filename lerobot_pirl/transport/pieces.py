@@ -1,50 +1,120 @@
 """A message in pieces: what LeRobot's service streams between BEGIN and END."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 from lerobot.transport import services_pb2
 
-from lerobot_pirl.wire import MAX_BYTES, WireError, announced_bytes
+from lerobot_pirl.wire import MAX_BYTES, Buffer, WireError, announced_bytes, payload_start
 
+# larger ones are slower: their memory comes fresh from the system every time
 PIECE_BYTES = 512 * 1024
+# where a received message's tensors begin: a cache line
+_ALIGNMENT = 64
 _BEGIN = services_pb2.TransferState.TRANSFER_BEGIN
 _MIDDLE = services_pb2.TransferState.TRANSFER_MIDDLE
 _END = services_pb2.TransferState.TRANSFER_END
 
 
-def to_pieces(data: bytes, piece_class: type) -> Iterator:
-    """Yield a message as BEGIN, MIDDLE..., END; the END is empty, so one piece is never taken for a rest."""
-    view = memoryview(data)
-    for start in range(0, len(data), PIECE_BYTES):
-        state = _MIDDLE if start else _BEGIN
-        yield piece_class(transfer_state=state, data=bytes(view[start : start + PIECE_BYTES]))
-    yield piece_class(transfer_state=_END, data=b"")
+def to_pieces(parts: list[Buffer], make: Callable, lock: AbstractContextManager | None = None) -> Iterator:
+    """Yield a message as BEGIN, MIDDLE..., END; the END is empty, so one piece is never taken for a rest.
+
+    Args:
+        parts: of the message; one may be replaced by an equal one while ``lock`` is held.
+        make: makes a piece of ``transfer_state`` and ``data``.
+        lock: held while parts are read; None for parts that stay as they are.
+    """
+    state = _BEGIN
+    for places in _places([len(part) for part in parts]):
+        with lock or nullcontext():
+            data = b"".join([memoryview(parts[number])[place] for number, place in places])
+        yield make(transfer_state=state, data=data)
+        state = _MIDDLE
+    yield make(transfer_state=_END, data=b"")
 
 
-def from_pieces(pieces: Iterable, max_bytes: int = MAX_BYTES) -> Iterator[bytearray]:
-    """Yield whole messages; a BEGIN drops a half message before it.
+def _places(sizes: list[int]) -> Iterator[list[tuple[int, slice]]]:
+    """Yield which slices of which parts make the next piece."""
+    places, room = [], PIECE_BYTES
+    for number, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            places.append((number, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield places
+                places, room = [], PIECE_BYTES
+    if places:
+        yield places
+
+
+def from_pieces(pieces: Iterable, max_bytes: int = MAX_BYTES) -> Iterator[memoryview]:
+    """Yield whole messages, of which this keeps nothing; a BEGIN drops a half message before it.
 
     What will be refused is refused by its first bytes, and never more is kept than these announce.
 
     Raises:
         WireError: for a piece without a BEGIN, an empty one, an unknown state, or a message that is none, larger than
-            it announced or larger than ``max_bytes``.
+            it announced, larger than ``max_bytes`` or than this machine's memory.
     """
-    message: bytearray | None = None
-    announced: int | None = None
+    message: _Message | None = None
     for piece in pieces:
         if piece.transfer_state == _BEGIN:
-            message, announced = bytearray(), None
+            message = _Message(max_bytes)
         if message is None or piece.transfer_state not in (_BEGIN, _MIDDLE, _END):
             raise WireError("a piece of a message came without the message's beginning")
-        if not piece.data and piece.transfer_state != _END:
+        # every look at this field is a copy
+        data = piece.data
+        if not data and piece.transfer_state != _END:
             raise WireError("a piece of a message is empty")
-        # amortised: a sender of tiny pieces costs no more memory than bytes
-        message += piece.data
-        if announced is None:
-            announced = announced_bytes(message, max_bytes)
-        if announced is not None and len(message) > announced:
-            raise WireError(f"the message has more bytes than the {announced} that its header announces")
+        message.add(data)
         if piece.transfer_state == _END:
-            yield message
-            message = None
+            # no name here holds on to what may be as large as the policy
+            done, message = [message.content], None
+            yield done.pop()
+
+
+class _Message:
+    """The bytes of a message so far."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._start = bytearray()
+        self._whole: memoryview | None = None
+        self._size = 0
+
+    @property
+    def content(self) -> memoryview:
+        """What has come."""
+        return memoryview(self._start) if self._whole is None else self._whole[: self._size]
+
+    def add(self, data: Buffer) -> None:
+        """Add what has come; raises WireError when it is of no message, or too much."""
+        if self._whole is None:
+            self._start += data
+            announced = announced_bytes(self._start, self._max_bytes)
+            if announced is None:
+                return
+            self._whole, data = _reserve(announced, payload_start(self._start)), self._start
+        if self._size + len(data) > len(self._whole):
+            raise WireError(
+                f"the message has more bytes than the {len(self._whole)} that its header announces"
+            )
+        self._whole[self._size : self._size + len(data)] = data
+        self._size += len(data)
+
+
+def _reserve(size: int, payload: int) -> memoryview:
+    """Return memory for a message whose tensors begin at byte ``payload``, so that these are aligned.
+
+    The system gives the memory when it is written, not now: who announces much and sends little holds little.
+    """
+    try:
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
+    except MemoryError as error:
+        raise WireError(f"the message announces {size} bytes, more than this machine has left") from error
+    start = -(memory.ctypes.data + payload) % _ALIGNMENT
+    return memoryview(memory)[start : start + size]

@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_pirl.transport.pieces import PIECE_BYTES, from_pieces, to_pieces
 from lerobot_pirl.transport.security import OPEN, Security, address
-from lerobot_pirl.wire import MAX_BYTES, Message, WireError, decode, encode
+from lerobot_pirl.wire import MAX_BYTES, Message, WireError, decode, encode, encode_parts
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,30 @@ class _Stream:
     over: bool = False
 
 
+class Publication:
+    """What every actor is offered, read from the tensors' own memory until it is detached from them.
+
+    Attributes:
+        parts: its bytes; replaced by copies of them when the tensors are about to change and somebody still reads.
+        lock: held by who reads or replaces parts.
+        readers: streams that are sending it; guarded by the service's condition.
+    """
+
+    def __init__(self, message: Message) -> None:
+        self.parts = encode_parts(message)
+        self.lock = threading.Lock()
+        self.readers = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def detach(self) -> None:
+        """Copy the parts, one after the other: readers go on with equal bytes."""
+        for number, part in enumerate(self.parts):
+            with self.lock:
+                self.parts[number] = bytes(part)
+
+
 class _Service(services_pb2_grpc.LearnerServiceServicer):
     """Answers the actors; all state is guarded by one condition."""
 
@@ -67,7 +91,8 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
         self.inbox: queue.Queue[Message] = queue.Queue(max_rollouts)
         self.max_bytes = max_bytes
         self.condition = threading.Condition()
-        self.published: bytes | None = None
+        # None also while the tensors of the last one change
+        self.published: Publication | None = None
         self.serial = 0
         self.last_words: bytes | None = None
         self.streams: dict[str, _Stream] = {}
@@ -86,26 +111,48 @@ class _Service(services_pb2_grpc.LearnerServiceServicer):
 
         try:
             while is_served():
-                for data in self._news(stream, is_served):
-                    yield from to_pieces(data, services_pb2.Parameters)
+                published, others = self._news(stream, is_served)
+                if published:
+                    yield from self._read(published)
+                for data in others:
+                    yield from to_pieces([data], services_pb2.Parameters)
         finally:
             with self.condition:
                 if self.streams.get(actor) is stream:
                     del self.streams[actor]
                 self.condition.notify_all()
 
-    def _news(self, stream: _Stream, is_served: Callable[[], bool]) -> list[bytes]:
+    def _news(self, stream: _Stream, is_served: Callable[[], bool]) -> tuple[Publication | None, list[bytes]]:
         """Wait a little for what an actor has not been sent: what is published comes before what refers to it."""
+
+        def is_behind() -> bool:
+            return self.serial > stream.sent
+
         with self.condition:
             self.condition.wait_for(
-                lambda: self.serial > stream.sent or stream.outbox or self.last_words or not is_served(),
+                lambda: (
+                    (self.published if is_behind() else stream.outbox) or self.last_words or not is_served()
+                ),
                 timeout=STREAM_POLL_S,
             )
-            news = [self.published] * (self.serial > stream.sent) + stream.outbox
-            stream.sent, stream.outbox = self.serial, []
-            if not news and self.last_words:
-                news, stream.over = [self.last_words], True
-            return news
+            published = self.published if is_behind() else None
+            if published:
+                published.readers += 1
+                stream.sent = self.serial
+            others = []
+            if not is_behind():
+                others, stream.outbox = stream.outbox, []
+            if not published and not others and self.last_words:
+                others, stream.over = [self.last_words], True
+            return published, others
+
+    def _read(self, published: Publication) -> Iterator:
+        try:
+            yield from to_pieces(published.parts, services_pb2.Parameters, published.lock)
+        finally:
+            with self.condition:
+                published.readers -= 1
+                self.condition.notify_all()
 
     def _wake(self) -> None:
         with self.condition:
@@ -210,13 +257,24 @@ class LearnerServer:
                 service.condition.notify_all()
 
     def publish(self, message: Message) -> None:
-        """Offer a message to every actor, in place of the one before."""
-        data = encode(message)
-        service = self._service
+        """Offer a message to every actor, in place of the one before.
+
+        It is sent from the memory of its tensors: before these change, call :meth:`withdraw`.
+        """
+        publication, service = Publication(message), self._service
         with service.condition:
-            service.published = data
+            service.published = publication
             service.serial += 1
             service.condition.notify_all()
+
+    def withdraw(self) -> None:
+        """Let the tensors of what is published change: who receives it gets it whole, who comes later waits for the next."""
+        service = self._service
+        with service.condition:
+            published, service.published = service.published, None
+            is_read = published is not None and published.readers > 0
+        if is_read:
+            published.detach()
 
     def receive(self, timeout: float) -> Message | None:
         """Return the next message of an actor, with its id in the header, or None after ``timeout`` seconds."""

@@ -9,7 +9,7 @@ and zeros for the second arm.
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from lerobot.policies.xvla.utils import mat_to_rotate6d
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.rotation import Rotation
 
-from lerobot_pirl.envs.tabletop_physics import TASKS
-from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
+from lerobot_pirl.envs.tabletop_physics import TASKS, expert
+from lerobot_pirl.envs.tabletop_task import TabletopTask
 
 REPO_ID = "local/demonstrations"
 DIM = 20
@@ -100,6 +100,20 @@ class Slips:
         return executed
 
 
+def short_expert(short: float) -> Expert:
+    """Return an expert that aims so many metres short of the object's centre, as seen from the table's centre.
+
+    It succeeds nevertheless, as people do who stop at what is good enough; who copies it has no margin left.
+    """
+
+    def act(env: TabletopTask) -> np.ndarray:
+        x, y, z = env.state.target
+        scale = max(0.0, 1 - short / max(np.hypot(x, y), 1e-9))
+        return expert(env.task_spec, replace(env.state, target=(scale * x, scale * y, z)))
+
+    return act
+
+
 def record(
     dataset: LeRobotDataset,
     env: Any,
@@ -150,6 +164,8 @@ def main() -> None:
     parser.add_argument("--hold", type=int, default=5, help="frames after the success")
     parser.add_argument("--slips", type=float, default=0.0, help="probability per step that a slip begins")
     parser.add_argument("--slip-shift", type=float, default=0.03, help="std of its displacement, metres")
+    parser.add_argument("--widen", type=float, default=1.0, help="factor on the square the object starts in")
+    parser.add_argument("--short", type=float, default=0.0, help="aim so many metres short of the object")
     arguments = parser.parse_args()
     slips = Slips(arguments.slips, arguments.slip_shift, np.random.default_rng(arguments.seed))
     env = TabletopTask(
@@ -158,6 +174,8 @@ def main() -> None:
         observation_width=arguments.size,
         init_states=False,
     )
+    # what lies at the edge of the task's own square is then between demonstrations, not beyond them
+    env.task_spec = replace(env.task_spec, spread=arguments.widen * env.task_spec.spread)
     shape = (arguments.size, arguments.size)
     dataset = make_dataset(arguments.folder, shape, env.metadata["render_fps"])
     for number in range(arguments.episodes):
@@ -165,7 +183,7 @@ def main() -> None:
         record(
             dataset,
             env,
-            expert_action,
+            short_expert(arguments.short),
             10_000 + 1_000 * arguments.seed + number,
             env.task_spec.max_steps,
             arguments.hold,

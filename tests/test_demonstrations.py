@@ -1,12 +1,25 @@
 """Demonstrations: what the expert does, as X-VLA is to predict it, and which frames are kept."""
 
+import math
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from lerobot.envs.factory import make_env_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from benchmarks.demonstrations import SLIP_STEPS, Slips, frame, make_dataset, record, xvla_action
+from benchmarks import demonstrations
+from benchmarks.demonstrations import (
+    SLIP_STEPS,
+    Slips,
+    frame,
+    make_dataset,
+    record,
+    short_expert,
+    xvla_action,
+)
 from lerobot_pirl.envs.tabletop_task import TabletopTask, expert_action
 from tests.toy import tiny_config
 
@@ -99,3 +112,41 @@ def test_frames_hold_the_experts_commands_and_not_the_slips(tmp_path):
     dataset.finalize()
     assert executed == [10.0] * 4
     assert [row[ACTION][0].item() for row in dataset] == [5.0] * 4
+
+
+@pytest.mark.parametrize("task", ["reach", "pickup"])
+@pytest.mark.parametrize("short", [0.0, 0.02])
+def test_an_expert_that_aims_short_stops_so_far_from_the_object_on_its_way_from_the_tables_centre(
+    task, short
+):
+    env = TabletopTask(task, observation_height=SIZE, observation_width=SIZE)
+    env.reset(seed=0)
+    env.state = replace(env.state, target=(0.06, -0.08, env.state.target[2]))
+    aimed = short_expert(short)(env)
+    assert math.hypot(*aimed[:2]) == pytest.approx(0.1 - short)
+    assert aimed[0] / aimed[1] == pytest.approx(-0.75)
+    np.testing.assert_array_equal(aimed[2:], expert_action(env)[2:])
+
+
+def test_an_expert_that_aims_short_does_not_aim_beyond_the_tables_centre():
+    env = TabletopTask("reach", observation_height=SIZE, observation_width=SIZE)
+    for target in ((0.01, 0.0, 0.0), (0.0, 0.0, 0.0)):
+        env.state = replace(env.state, target=target)
+        np.testing.assert_array_equal(short_expert(0.02)(env)[:2], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("widen", [1.0, 1.5])
+def test_the_objects_of_demonstrations_lie_in_the_tasks_square_or_in_a_wider_one(
+    tmp_path, monkeypatch, widen
+):
+    seen = []
+
+    def note(dataset, env, *rest):
+        env.reset(seed=rest[1])
+        seen.append(np.abs(env.state.target[:2]).max())
+
+    monkeypatch.setattr(demonstrations, "record", note)
+    options = [str(tmp_path / "demos"), "--episodes=60", f"--size={SIZE}", f"--widen={widen}"]
+    monkeypatch.setattr(sys, "argv", ["demonstrations", *options])
+    demonstrations.main()
+    assert 0.11 * widen < max(seen) < 0.12 * widen

@@ -67,6 +67,7 @@ class Actor:
         self.waiting: list[EpisodeSpec] = []
         # numbers that were handed to this actor and are not delivered
         self.held: set[int] = set()
+        self.gave_up = False
         logger.info("metadata %s", one_line(self.metadata.to_dict()))
         self.client = LearnerClient(
             wire.host,
@@ -109,6 +110,7 @@ class Actor:
 
     def _show_progress(self, finished: int, successes: int) -> None:
         if self.client.ended or self._is_useless():
+            self.gave_up = True
             raise _Useless
         self.bar.n = finished
         self.bar.set_postfix(success=f"{successes}/{finished}")
@@ -146,10 +148,12 @@ class Actor:
         logger.info("policy version %d applied", version)
         self.evaluations, self.version = [], version
         oldest = version if session == self.session else math.inf
+        self.gave_up |= any(self._iteration(spec.number) < oldest for spec in self.waiting)
         self.waiting = [spec for spec in self.waiting if self._iteration(spec.number) >= oldest]
         self.held.difference_update([n for n in list(self.held) if self._iteration(n) < oldest])
-        if session != self.session:
-            self.session = session
+        # a learner that waited in vain for what was given up hands out no more until it hears of this actor
+        if session != self.session or self.gave_up:
+            self.session, self.gave_up = session, False
             self.client.ask(session, self.envs.num_envs)
 
     def _receive(self, share: Message) -> None:

@@ -215,6 +215,37 @@ def test_what_an_actor_that_hangs_held_is_collected_by_others_and_what_it_sends_
         assert (slow.status, quick.status) == (0, 0)
 
 
+def test_an_actor_that_hung_and_gives_up_what_is_over_is_handed_episodes_again(tmp_path):
+    cfg = run_config(tmp_path / "run")
+    cfg.algorithm.wire.share_timeout_s = 2.0
+    with learning(cfg) as learner:
+        slow, quick = Hand(learner), Hand(learner)
+        goes_on = threading.Event()
+        progress = slow.actor.collector.on_progress
+        slow.actor.collector.on_progress = lambda *numbers: (goes_on.wait(60), progress(*numbers))
+
+        def crash(count: int) -> None:
+            if count > EPISODES:
+                raise RuntimeError("a crash")
+
+        before_sending(quick, crash)
+        publish = learner.publish
+
+        def publish_and_wake() -> None:
+            publish()
+            deadline = time.monotonic() + 30
+            while learner.version == 1 and not slow.actor.client.news and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if learner.version == 1:
+                goes_on.set()
+
+        learner.publish = publish_and_wake
+        train(learner, [slow, quick])
+        assert_whole(cfg.output_dir)
+        assert str(quick.error) == "a crash"
+        assert slow.id in {actor for actor, _ in read_ledger(cfg.output_dir / LEDGER_FILE)[2].values()}
+
+
 def test_messages_that_come_twice_are_refused_and_logged_and_the_run_goes_on(alone, tmp_path, caplog):
     cfg = same_run(tmp_path / "run")
     with learning(cfg) as learner:

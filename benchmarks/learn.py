@@ -115,7 +115,7 @@ LIBERO = (
 BOWL = ("benchmarks.libero_expert", "--episodes=30", "--seed=500", "--slips=0.05", "--size=64", "--record")
 SUITES = {
     "tabletop": (
-        tabletop_task("reach", ("--episodes=100", "--widen=1.25", "--short=0.027"), 400, 5),
+        tabletop_task("reach", ("--episodes=200", "--widen=1.25", "--short=0.027"), 600, 5),
         tabletop_task("pickup", ("--episodes=150", "--widen=1.25", "--short=0.02", "--slips=0.04"), 1000, 15),
     ),
     "libero": (Task("bowl_on_plate", BOWL, 600, "train_libero", LIBERO, 2 * INIT_STATES, 1),),
@@ -149,8 +149,8 @@ def all_runs(suite: str) -> list[Run]:
     ]
     sde = config("pickup", "flow_sde")
     exclude = ("--algorithm.gripper=exclude", "--algorithm.gripper_temperature=null")
-    # what does not learn shows it in half the time
-    short = "--steps=30"
+    # what does not learn shows it in a third of the time
+    short = "--steps=20"
     for seed in SEEDS:
         runs += [
             Run("pickup", "rate_zero", seed, (sde, short, "--algorithm.learning_rate=0")),
@@ -158,8 +158,8 @@ def all_runs(suite: str) -> list[Run]:
             Run(
                 "pickup", "noise_off", seed, (sde, short, "--algorithm.last_step_std_position=1e-5", *exclude)
             ),
-            Run("pickup", "exclude", seed, (sde, *exclude)),
-            Run("pickup", "grpo", seed, (config("pickup", "grpo"),)),
+            Run("pickup", "exclude", seed, (sde, short, *exclude)),
+            Run("pickup", "grpo", seed, (config("pickup", "grpo"), short)),
         ]
     return runs
 

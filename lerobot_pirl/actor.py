@@ -163,6 +163,7 @@ class Actor:
             return
         if header.get("evaluate") and header.get("policy_version") == self.version:
             self.evaluations.append(header["evaluate"])
+        self.held.difference_update(header.get("refused", []))
         for number in header.get("numbers", []):
             # after a reconnection the learner hands out again what this actor may still have
             if self._iteration(number) >= self.version and number not in self.held:

@@ -147,11 +147,12 @@ class Inbox:
         # who has least to do comes first
         for actor in sorted(peers, key=lambda each: len(peers[each].holds)):
             while numbers := self.ledger.hand(actor, strangers, time.monotonic()):
-                header = {"session": self.address["session"], "policy_version": self.ledger.version}
-                what = (
-                    {"evaluate": self._num_evaluations} if numbers == [EVALUATION] else {"numbers": numbers}
-                )
-                self.server.tell(actor, Message("share", header | what))
+                evaluate = numbers == [EVALUATION]
+                self._tell(actor, {"evaluate": self._num_evaluations} if evaluate else {"numbers": numbers})
+
+    def _tell(self, actor: str, what: dict[str, Any]) -> None:
+        header = {"session": self.address["session"], "policy_version": self.ledger.version}
+        self.server.tell(actor, Message("share", header | what))
 
     def _take(self, message: Message) -> None:
         header, actor = message.header, str(message.header.get("actor", ""))
@@ -207,6 +208,8 @@ class Inbox:
             # what an actor was not asked for says nothing about the episode, and shall not end the run
             if not self.ledger.reject(actor, number):
                 return
+            # it may not know yet that what it sent has come, and take a share of it for a repetition
+            self._tell(actor, {"refused": [number]})
             self._useless[number] += 1
             if self._useless[number] == MAX_USELESS:
                 raise launch.RunError(

@@ -272,7 +272,7 @@ def test_what_cannot_be_used_is_collected_again_by_the_same_actor(alone, tmp_pat
     cfg = same_run(tmp_path / "run")
     with learning(cfg) as learner:
         hand = Hand(learner)
-        post, spoilt = hand.actor.client.post, []
+        post, send, spoilt = hand.actor.client.post, hand.actor.client.send, []
 
         def spoil_the_first(message) -> None:
             if message.kind == "rollout" and not spoilt:
@@ -281,7 +281,12 @@ def test_what_cannot_be_used_is_collected_again_by_the_same_actor(alone, tmp_pat
                 message = Message(message.kind, message.header, tensors)
             post(message)
 
-        hand.actor.client.post = spoil_the_first
+        def send_and_hear_late(*messages) -> None:
+            send(*messages)
+            # it is asked again before it knows that it has delivered
+            time.sleep(0.5)
+
+        hand.actor.client.post, hand.actor.client.send = spoil_the_first, send_and_hear_late
         train(learner, [hand])
         assert "log_prob holds a number that is not finite" in caplog.text
         assert assert_whole(cfg.output_dir) == {hand.id}

@@ -23,6 +23,8 @@ RETRY_S = 0.5
 ANSWER_TIMEOUT_S = 10.0
 # messages that one call delivers
 MAX_BATCH = 16
+# what a learner that is there and has no time or no room answers
+_BUSY = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 class LearnerClient:
@@ -219,8 +221,9 @@ class LearnerClient:
         self._send_wish()
 
     def _send_wish(self) -> None:
-        # one that does not arrive is sent again when the learner streams again
-        self._interact(self._wish)
+        # one that does not arrive for another reason is sent again when the learner streams again
+        while self._interact(self._wish) in _BUSY and not self.ended and not self._closed:
+            time.sleep(RETRY_S)
 
     def post(self, message: Message) -> None:
         """Let a rollout or an evaluation be sent, over a reconnection if need be; not after the learner's end."""
@@ -268,13 +271,16 @@ class LearnerClient:
         """Tell the learner that this actor will not work with it, if it can be told."""
         self._interact(Message("refusal", {"reason": reason}))
 
-    def _interact(self, message: Message) -> None:
+    def _interact(self, message: Message) -> grpc.StatusCode | None:
+        """Tell the learner something; returns why it could not be told, if there is a code for it."""
         try:
             pieces = to_pieces([encode(message)], services_pb2.InteractionMessage)
             self._call("SendInteractions", pieces, timeout=ANSWER_TIMEOUT_S)
         except (grpc.RpcError, ValueError) as error:
-            name = error.code().name if isinstance(error, grpc.RpcError) else error
-            logger.warning("the learner could not be told: %s", name)
+            code = error.code() if isinstance(error, grpc.RpcError) else None
+            logger.warning("the learner could not be told: %s", code.name if code else error)
+            return code
+        return None
 
     def _hang_up(self) -> None:
         channel, self._channel = self._channel, None

@@ -57,8 +57,8 @@ def from_pieces(pieces: Iterable, max_bytes: int = MAX_BYTES) -> Iterator[memory
     What will be refused is refused by its first bytes, and never more is kept than these announce.
 
     Raises:
-        WireError: for a piece without a BEGIN, an empty one, an unknown state, or a message that is none, larger than
-            it announced, larger than ``max_bytes`` or than this machine's memory.
+        WireError: for a piece without a BEGIN, an empty one, an unknown state, or a message that is none, without an
+            END, larger than it announced, larger than ``max_bytes`` or than this machine's memory.
     """
     message: _Message | None = None
     for piece in pieces:
@@ -75,6 +75,9 @@ def from_pieces(pieces: Iterable, max_bytes: int = MAX_BYTES) -> Iterator[memory
             # no name here holds on to what may be as large as the policy
             done, message = [message.content], None
             yield done.pop()
+    if message is not None:
+        # whoever sent it must not take it for delivered
+        raise WireError(f"the message was left after {len(message.content)} bytes, without its end")
 
 
 class _Message:

@@ -180,19 +180,22 @@ def sample_chain(
     """
     num_steps = noise_std.shape[0]
     times = time_grid(num_steps).to(x_1.device)
-    x_t = x_1
-    before, after, log_prob = (torch.empty_like(x_1) for _ in range(3))
+    # all steps at once: beside a small network it is the number of operations that counts
+    grid = torch.arange(num_steps, device=x_1.device)
+    stochastic = (step_index == grid).T[:, :, None, None]  # [K, B, 1, 1]
+    std = torch.where(stochastic, noise_std[:, None], 0)
+    c_x, c_0 = sde_coefficients(times[:-1, None, None, None], times[1:, None, None, None], std)
+    drawn = std * noise
+    states, means = [x_1], []
     for k in range(num_steps):
-        x0_pred = predict_x0(x_t, times[k].expand(len(x_t))).float()
-        stochastic = (step_index == k)[:, :, None]  # [B, 1, 1]
-        std = torch.where(stochastic, noise_std[k], torch.zeros_like(x_t))
-        mean = sde_mean(x_t, x0_pred, times[k], times[k + 1], std)
-        x_s = mean + std * noise
-        before = torch.where(stochastic, x_t, before)
-        after = torch.where(stochastic, x_s, after)
-        log_prob = torch.where(stochastic, gaussian_log_prob(x_s, mean, std), log_prob)
-        x_t = x_s
-    return Chain(x_t, torch.stack([before, after], dim=1), step_index, log_prob[:, None])
+        x0_pred = predict_x0(states[-1], times[k].expand(len(x_1))).float()
+        means.append(c_x[k] * states[-1] + c_0[k] * x0_pred)
+        states.append(means[-1] + drawn[k])
+    index, rows = step_index[:, 0], torch.arange(len(x_1), device=x_1.device)
+    stacked = torch.stack(states)  # [K + 1, B, H, D]
+    before, after, mean = stacked[index, rows], stacked[index + 1, rows], torch.stack(means)[index, rows]
+    log_prob = gaussian_log_prob(after, mean, noise_std[index])
+    return Chain(states[-1], torch.stack([before, after], dim=1), step_index, log_prob[:, None])
 
 
 def sample_noisy_chain(predict: PredictStep, x_1: Tensor, noise: Tensor) -> Chain:

@@ -170,17 +170,17 @@ def test_noisy_steps_have_the_variance_of_noise_free_ones():
 # --- with a wrong sign ----------------------------------------------------------------------------------------
 
 
-def opposite_drift(x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, std: Tensor) -> Tensor:
-    """Return the mean of a step whose correction for the noise has the wrong sign."""
-    right, without = SDE_MEAN(x_t, x0_pred, t, s, std), SDE_MEAN(x_t, x0_pred, t, s, torch.zeros_like(std))
-    return 2 * without - right
+def opposite_drift(t: Tensor, s: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+    """Return the coefficients of a step whose correction for the noise has the wrong sign."""
+    pairs = zip(COEFFICIENTS(t, s, std), no_drift(t, s, std), strict=True)
+    return tuple(2 * without - right for right, without in pairs)
 
 
-def no_drift(x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, std: Tensor) -> Tensor:
-    return SDE_MEAN(x_t, x0_pred, t, s, torch.zeros_like(std))
+def no_drift(t: Tensor, s: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+    return COEFFICIENTS(t, s, torch.zeros_like(std))
 
 
-SDE_MEAN, SAMPLE_CHAIN = flow.sde_mean, flow.sample_chain
+COEFFICIENTS, SAMPLE_CHAIN = flow.sde_coefficients, flow.sample_chain
 
 
 def test_advantages_of_the_wrong_sign_make_success_fall(monkeypatch):
@@ -216,7 +216,7 @@ def test_log_probs_of_the_wrong_sign_in_the_update_alone_show_in_the_ratio(monke
 def test_a_wrong_drift_in_the_sampler_alone_shows_in_ratio_and_marginals(monkeypatch, wrong):
     def wrong_while_sampling(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(flow, "sde_mean", wrong)
+            patch.setattr(flow, "sde_coefficients", wrong)
             return SAMPLE_CHAIN(*args)
 
     monkeypatch.setattr(flow, "sample_chain", wrong_while_sampling)
@@ -227,6 +227,6 @@ def test_a_wrong_drift_in_the_sampler_alone_shows_in_ratio_and_marginals(monkeyp
 @pytest.mark.parametrize("wrong", [opposite_drift, no_drift])
 def test_a_wrong_drift_on_both_sides_shows_in_the_marginals_though_not_in_the_ratio(monkeypatch, wrong):
     """Both sides agree on a policy, which even learns; it is only not the one that the ODE evaluates."""
-    monkeypatch.setattr(flow, "sde_mean", wrong)
+    monkeypatch.setattr(flow, "sde_coefficients", wrong)
     assert train(iterations=1).ratio_error < 1e-3
     assert marginal_error() > CLEAR_ERROR

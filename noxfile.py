@@ -85,6 +85,13 @@ def learn(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def soak(session: nox.Session) -> None:
+    """A thousand updates with actor and learner restarted over and over: memory, ledger, curve; takes half an hour."""
+    session.install(".[test]")
+    session.run("python", "-m", "benchmarks.soak", *session.posargs)
+
+
+@nox.session(python=PYTHON)
 def soak_kills(session: nox.Session) -> None:
     """Kill a learner fifty times, and saves at every file-system operation; takes half an hour."""
     session.install(".[test]")

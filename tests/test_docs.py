@@ -18,6 +18,7 @@ README = (REPO / "README.md").read_text()
 CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text()
 TUNING = (REPO / "docs/tuning.md").read_text()
 SECURITY = (REPO / "docs/security.md").read_text()
+RELIABILITY = (REPO / "docs/reliability.md").read_text()
 # of argparse, LeRobot's parser and pip: no fields of a config
 # a resume or a config names these, and other commands the rest
 NO_FIELDS = {
@@ -83,7 +84,9 @@ def options(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "text", [README, CHECKPOINTS, TUNING, SECURITY], ids=["README", "checkpoints", "tuning", "security"]
+    "text",
+    [README, CHECKPOINTS, TUNING, SECURITY, RELIABILITY],
+    ids=["README", "checkpoints", "tuning", "security", "reliability"],
 )
 def test_every_option_that_is_named_exists(cfg, text):
     found = options(text) - NO_FIELDS
@@ -93,6 +96,19 @@ def test_every_option_that_is_named_exists(cfg, text):
         for part in name.split("."):
             assert hasattr(owner, part), name
             owner = getattr(owner, part)
+
+
+def test_every_test_and_report_that_reliability_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", RELIABILITY))
+    tests = "\n".join(path.read_text() for path in REPO.glob("tests/*.py"))
+    there = set(re.findall(r"^def (test_\w+)", tests, re.M))
+    assert len(named) > 10 and named <= there, named - there
+    assert all((REPO / name).exists() for name in re.findall(r"`(tests/\w+\.py)`", RELIABILITY))
+    # one that is announced is not there yet
+    reports = re.findall(r"\| ([^|]+) \| `(\w+\.json)`", RELIABILITY)
+    assert len(reports) > 1
+    for figures, name in reports:
+        assert (REPO / "benchmarks/results" / name).exists() != (figures == "not run in full yet"), name
 
 
 def literals(path: Path) -> list[str]:

@@ -78,6 +78,13 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def bench(session: nox.Session) -> None:
+    """Measure speed against LeRobot and bare limits, LIBERO included, and print the table; under 15 minutes."""
+    session.install(".[libero]")
+    session.run("python", "-m", "benchmarks.all", *session.posargs, env={"MUJOCO_GL": "egl"})
+
+
+@nox.session(python=PYTHON)
 def learn(session: nox.Session) -> None:
     """Demonstrations, lerobot-train, the recipe and lerobot-eval on the tabletop, with all controls; takes hours."""
     session.install(".[test]")

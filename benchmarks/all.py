@@ -1,0 +1,52 @@
+"""All benchmarks of speed, one after the other, and the table of what they found; under 15 minutes on two cores.
+
+    python -m benchmarks.all [NAME ...]
+
+Results go to ``benchmarks/results``. Those of LIBERO are left out, with the reason, where it is not installed.
+"""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+
+from benchmarks.table import NAMES, table
+
+# fewer rounds than by itself, for the time of all
+OPTIONS = {"rollout_libero": ["--rounds=3"], "reset_libero": ["--rounds=5"]}
+LIBERO = ("rollout_libero", "reset_libero")
+
+
+def why_not(name: str) -> str | None:
+    """Return why a benchmark cannot run here, None if it can."""
+    if name in LIBERO and importlib.util.find_spec("libero") is None:
+        return 'LIBERO is not installed; pip install "lerobot-pirl[libero]"'
+    return None
+
+
+def main() -> int:
+    """Run, tell how long each took, and print the table; returns 1 when one has failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; all if none")
+    names = parser.parse_args().names or list(NAMES)
+    if unknown := sorted(set(names) - set(NAMES)):
+        parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    failed = []
+    for name in names:
+        if reason := why_not(name):
+            print(f"{name}: left out, {reason}", flush=True)
+            continue
+        started = time.monotonic()
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--write", *OPTIONS.get(name, [])]
+        if subprocess.run(command).returncode:
+            failed.append(name)
+        print(f"{name}: took {time.monotonic() - started:.0f} s", flush=True)
+    print(table())
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""How long new weights take from the learner's memory into the actor's policy, and how much memory that takes.
+
+Learner and actor are two processes on loopback. Three ways take turns:
+
+- ours: publish, stream, receive, check and copy into the policy;
+- raw TCP: as many bytes from one process's memory into the other's, no more;
+- LeRobot's own service, queue and conversions with the parameters of the whole policy, where ours sends those that
+  train: the share of them is the real X-VLA's, at ``--scale`` of its size.
+
+    python -m benchmarks.push [--megabytes 100 600] [--rounds 5] [--scale 0.1] [--write]
+"""
+
+import argparse
+import multiprocessing
+import socket
+import time
+from typing import Any
+
+import torch
+
+from benchmarks import push_lerobot
+from benchmarks.memory import peak
+from benchmarks.push_lerobot import make_policy
+from benchmarks.ratios import Ratio, report
+from lerobot_pirl.transport import LearnerClient, LearnerServer
+from lerobot_pirl.weights import load_weights, trainable_parameters
+from lerobot_pirl.wire import Message
+
+TARGET, SENDER, RECEIVER, LEROBOT = 0.7, 0.1, 1.3, 1 / 40
+# numbers in the real X-VLA, and those of them that train
+PARAMETERS, TRAINABLE = 879_500_000, 308_800_000
+
+
+class Actor:
+    """The other process: does what it is told, and answers when it is done."""
+
+    def __init__(self, pipe: Any, num_parameters: int, port: int) -> None:
+        torch.set_num_threads(1)
+        self.pipe, self.policy = pipe, make_policy(num_parameters)
+        self.client = LearnerClient("127.0.0.1", port, 60.0)
+        self.client.connect()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.buffer = torch.zeros(sum(p.nbytes for p in self.policy.parameters()), dtype=torch.uint8)
+        pipe.send(self.listener.getsockname()[1])
+        self.socket, _ = self.listener.accept()
+
+    def serve(self) -> None:
+        """Answer with the time at which the weights were there and the memory that they took, until told to stop."""
+        while (what := self.pipe.recv()) != "stop":
+            with peak() as memory:
+                self.pipe.send("ready")
+                getattr(self, what)()
+                now = time.perf_counter()
+            self.pipe.send((now, memory.extra))
+        self.client.close()
+
+    def ours(self) -> None:
+        """Take what is published."""
+        message = self.client.next_message()
+        load_weights(self.policy, message.tensors)
+        message.tensors.clear()
+
+    def tcp(self) -> None:
+        """Take as many bytes."""
+        view, got = memoryview(self.buffer.numpy()), 0
+        while got < len(view):
+            got += self.socket.recv_into(view[got:])
+
+
+def act(pipe: Any, num_parameters: int, port: int) -> None:
+    """Be the other process."""
+    Actor(pipe, num_parameters, port).serve()
+
+
+class Pair:
+    """This process as the learner, and its actor."""
+
+    def __init__(self, num_parameters: int) -> None:
+        self.server = LearnerServer("127.0.0.1", 0)
+        self.weights = {
+            name: p.detach() for name, p in trainable_parameters(make_policy(num_parameters)).items()
+        }
+        self.num_bytes = sum(value.nbytes for value in self.weights.values())
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=act, args=(other, num_parameters, self.server.port))
+        self.process.start()
+        self.socket = socket.create_connection(("127.0.0.1", self.pipe.recv()))
+        # not zeros: those would be one page of memory, over and over
+        self.payload = torch.ones(self.num_bytes, dtype=torch.uint8).numpy()
+        self.version = 0
+
+    def _measure(self, what: str, send: Any) -> tuple[float, int | None, int | None]:
+        """Return the seconds that a way takes, and the memory that it takes here and there."""
+        self.pipe.send(what)
+        self.pipe.recv()
+        with peak() as memory:
+            started = time.perf_counter()
+            send()
+            # both processes read the same clock
+            done, theirs = self.pipe.recv()
+        return done - started, memory.extra, theirs
+
+    def ours(self) -> tuple[float, int | None, int | None]:
+        """Push weights as the learner does after an update, which changes all of them."""
+        self.server.withdraw()
+        for value in self.weights.values():
+            value.add_(1)
+        self.version += 1
+        message = Message("weights", {"policy_version": self.version, "session": "x"}, self.weights)
+        return self._measure("ours", lambda: self.server.publish(message))
+
+    def tcp(self) -> float:
+        """Send as many bytes."""
+        return self._measure("tcp", lambda: self.socket.sendall(self.payload))[0]
+
+    def close(self) -> None:
+        """Stop the actor."""
+        self.pipe.send("stop")
+        self.process.join(30)
+        self.server.close()
+
+
+def against_tcp(megabytes: int, rounds: int) -> list[Ratio]:
+    """Measure a push of so many megabytes; the first round does not count."""
+    speed = Ratio(f"push of {megabytes} MB to raw TCP", "MB/s", TARGET)
+    sender = Ratio(f"extra memory of the sender of {megabytes} MB to these", "MB", SENDER, at_least=False)
+    receiver = Ratio(
+        f"extra memory of the receiver of {megabytes} MB to these", "MB", RECEIVER, at_least=False
+    )
+    pair = Pair(megabytes * 10**6 // 4)
+    size = pair.num_bytes / 1e6
+    try:
+        for number in range(rounds + 1):
+            theirs = pair.tcp()
+            ours, here, there = pair.ours()
+            if number > 0:
+                speed.add(size / ours, size / theirs)
+                for ratio, extra in ((sender, here), (receiver, there)):
+                    if extra is not None:
+                        ratio.add(extra / 1e6, size)
+    finally:
+        pair.close()
+    return [speed, *(ratio for ratio in (sender, receiver) if ratio.ours)]
+
+
+def against_lerobot(scale: float, rounds: int) -> Ratio:
+    """Measure the push of a policy with the real one's share of parameters that train."""
+    ratio = Ratio(
+        f"push of X-VLA at {scale:g} of its size, what trains, to LeRobot's way", "s", LEROBOT, at_least=False
+    )
+    pair = Pair(round(scale * TRAINABLE))
+    try:
+        with push_lerobot.Pair(round(scale * PARAMETERS)) as stock:
+            for number in range(rounds + 1):
+                theirs = stock.push()
+                ours, _, _ = pair.ours()
+                if number > 0:
+                    ratio.add(ours, theirs)
+    finally:
+        pair.close()
+    return ratio
+
+
+def main() -> None:
+    """Measure, print and, if asked to, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 600])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=0.1, help="of the real policy, for LeRobot's way")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/push.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ratios = [ratio for size in options.megabytes for ratio in against_tcp(size, options.rounds)]
+    ratios.append(against_lerobot(options.scale, min(3, options.rounds)))
+    report(ratios, "push", {"scale": options.scale}, options.write)
+
+
+if __name__ == "__main__":
+    main()

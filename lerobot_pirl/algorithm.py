@@ -16,6 +16,7 @@ from lerobot_pirl import flow, ppo
 from lerobot_pirl.diagnostics import LOSSES, POLICY, VALUE, training_stats
 from lerobot_pirl.objective import decision_distributions, policy_objective, value_objective
 from lerobot_pirl.options import PiRLConfig
+from lerobot_pirl.parallel import ALONE, World
 from lerobot_pirl.policies.base import PolicyAdapter, noise_head
 from lerobot_pirl.rollout import Rollout, derive_seed
 from lerobot_pirl.targets import gae_targets, group_targets
@@ -41,6 +42,7 @@ class PiRLAlgorithm(RLAlgorithm):
         seed: int = 0,
         schedule: LRSchedulerConfig | None = None,
         steps: int = 1,
+        world: World = ALONE,
     ) -> None:
         """Build the value head, the optimiser and its scheduler.
 
@@ -50,6 +52,7 @@ class PiRLAlgorithm(RLAlgorithm):
             seed: seed of the order of minibatches.
             schedule: of the learning rates over the updates, LeRobot's; None leaves them as they are.
             steps: number of updates that the schedule is made for.
+            world: the processes that update together, all with the same rollout.
         """
         self.adapter = adapter
         self.policy = adapter.policy
@@ -64,7 +67,7 @@ class PiRLAlgorithm(RLAlgorithm):
         self.start = {name: value.clone() for name, value in weights.items()}
         self.schedule, self.steps = schedule, steps
         self.optimizer, self.scheduler = self.build_optimizer()
-        self.seed = seed
+        self.seed, self.world = seed, world
         self.step_weights = self._make_step_weights()
         self.skipped_steps = 0
 
@@ -196,12 +199,15 @@ class PiRLAlgorithm(RLAlgorithm):
     ) -> dict[str, Tensor]:
         """Return what the starting policy draws every row's decision from: once for all epochs."""
         parts = []
+        num_rows = len(data["advantages"])
+        share, _ = self.world.share(torch.arange(num_rows))
         with replaced(self.trainable_parameters(), self.start):
-            for rows in torch.arange(len(data["advantages"])).split(self.config.micro_batch_size):
+            for rows in share.split(self.config.micro_batch_size):
                 batch = self._take(features, rows), self._take(data, rows)
                 found = decision_distributions(self.adapter, *batch, noise_scale)
                 parts.append({name: value.cpu() for name, value in found.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: self.world.join(value, num_rows) for name, value in found.items()}
 
     def _run_epochs(
         self, features: dict[str, Tensor], data: dict[str, Tensor], train_policy: bool, noise_scale: float
@@ -238,16 +244,20 @@ class PiRLAlgorithm(RLAlgorithm):
         self.optimizer.zero_grad(set_to_none=True)
         total = defaultdict(float)
         per_sample: dict[str, list[Tensor]] = defaultdict(list)
-        for micro in rows.split(self.config.micro_batch_size):
+        share, counts = self.world.share(rows)
+        for micro in share.split(self.config.micro_batch_size):
             loss, sums, samples = self._losses(
                 self._take(features, micro), self._take(data, micro), train_policy, noise_scale
             )
-            (loss / len(rows)).backward()
+            (counts * loss / len(rows)).backward()
             for name, value in sums.items():
-                total[name] += value.item() / len(rows)
+                total[name] += counts * value.item() / len(rows)
             for name, value in samples.items():
                 per_sample[name].append(value.cpu())
-        record = dict(total) | {name: torch.cat(parts) for name, parts in per_sample.items()}
+        record: dict[str, Any] = self.world.add(dict(total))
+        for name, parts in per_sample.items():
+            record[name] = self.world.join(torch.cat(parts), len(rows))
+        self.world.add_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         record["approx_kl"] = float(record["kl"].mean())
         record |= self._step(record)
         return record

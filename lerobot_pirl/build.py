@@ -12,7 +12,9 @@ from lerobot.policies.factory import make_policy
 from lerobot.utils.random_utils import set_seed
 
 from lerobot_pirl import checkpoint, folders, registry, rules
+from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.metadata import Metadata, flat_options, make_metadata
+from lerobot_pirl.parallel import World
 from lerobot_pirl.policies.base import PolicyAdapter, noise_head
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
             "does not offer; set algorithm.variant to 'flow_sde'"
         )
     return adapter
+
+
+def make_algorithm(cfg: Any, world: World) -> PiRLAlgorithm:
+    """Build the policy and what trains it, in one of the processes that do so together."""
+    return PiRLAlgorithm(make_adapter(cfg), cfg.algorithm, cfg.seed, cfg.scheduler, cfg.steps, world)
 
 
 def _check_weights(folder: Path) -> None:

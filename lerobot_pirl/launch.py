@@ -11,7 +11,7 @@ from typing import Any
 
 from lerobot.configs import parser
 
-from lerobot_pirl import registry
+from lerobot_pirl import parallel, registry
 from lerobot_pirl.parsing import parse_config, read_config_file
 from lerobot_pirl.startup.hook import selected_recipe
 
@@ -38,9 +38,9 @@ def user_errors() -> Iterator[None]:
         raise RunError(str(error)) from error
 
 
-def _init_logging(role: str) -> None:
+def _init_logging(role: str, level: int = logging.INFO) -> None:
     logging.basicConfig(
-        level=logging.INFO,
+        level=level,
         format=f"%(asctime)s [{role.upper()}] %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         force=True,
@@ -78,6 +78,9 @@ def main(role: str) -> int:
     # Ctrl-C and a service manager's SIGTERM end a run in the same orderly way
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
+        rank, _ = parallel.launched() if role == "learner" else (0, 1)
+        if rank:
+            _init_logging(f"{role} {rank}", logging.WARNING)
         registry.check_lerobot_version()
         name = selected_recipe(sys.argv)
         if name is None:

@@ -11,13 +11,14 @@ from lerobot.common.train_utils import should_save_checkpoint
 from lerobot.utils.utils import format_big_number
 
 from lerobot_pirl import admission, checkpoint, folders, health, launch, probe
-from lerobot_pirl.algorithm import PiRLAlgorithm
-from lerobot_pirl.build import describe_run, log_overrides, make_adapter
+from lerobot_pirl.build import describe_run, log_overrides, make_algorithm
 from lerobot_pirl.evaluate import ZERO_BASELINE
+from lerobot_pirl.follower import Follower
 from lerobot_pirl.inbox import Inbox
 from lerobot_pirl.ledger import Ledger, LedgerFile
 from lerobot_pirl.metadata import one_line
 from lerobot_pirl.metrics import MetricsLog, iteration_line, rollout_record
+from lerobot_pirl.parallel import ALONE, World, join_world
 from lerobot_pirl.plots import plot_run, read_metrics, summary
 from lerobot_pirl.rollout import Rollout
 from lerobot_pirl.saving import Saver
@@ -28,25 +29,27 @@ logger = logging.getLogger(__name__)
 
 
 class Learner:
-    """One run's learner: policy, algorithm, server and counters."""
+    """One run's learner: policy, algorithm, server and counters; the first of the processes that train it."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, world: World = ALONE) -> None:
         """Build everything; resume when asked to.
 
         Raises:
             ValueError, CheckpointError, MetadataMismatch: with a sentence for the user.
         """
-        self.cfg = cfg
-        self.adapter = make_adapter(cfg)
-        self.algorithm = PiRLAlgorithm(self.adapter, cfg.algorithm, cfg.seed, cfg.scheduler, cfg.steps)
+        self.cfg, self.world = cfg, world
+        self.algorithm = make_algorithm(cfg, world)
+        self.adapter = self.algorithm.adapter
         self.metadata = describe_run(cfg, self.adapter, run_id=uuid.uuid4().hex)
         # tells rollouts made for this process from those for one that was killed at the same version
         self.session = uuid.uuid4().hex
         self.updating = False
         self.progress = checkpoint.Progress()
         self.publish_s = 0.0
+        self.news = {"learner/num_processes": world.size} if world.size > 1 else {}
         if cfg.resume:
             self._resume()
+        world.align(self.adapter.policy.state_dict(), self.algorithm.state_dict())
         self.interrupts = launch.Interrupts()
         wire = cfg.algorithm.wire
         self.server = LearnerServer(
@@ -59,7 +62,7 @@ class Learner:
             {"config_hash": self.metadata.config_hash, "session": self.session},
             wire.rollout_timeout_s,
             wire.share_timeout_s,
-            self.interrupts.check,
+            self._look_up,
             partial(admission.check, adapter=self.adapter),
         )
         # not before now: a learner that cannot start leaves no folder, and a run as it is
@@ -72,13 +75,7 @@ class Learner:
         for record in self.metrics.kept:
             self.watch.news(record)
         self.saver = Saver(
-            cfg,
-            self.adapter,
-            self.algorithm,
-            self.metadata,
-            self.progress,
-            self.metrics,
-            self.ledger_file,
+            cfg, self.adapter, self.algorithm, self.metadata, self.progress, self.metrics, self.ledger_file
         )
         trainable = sum(p.numel() for p in self.algorithm.trainable_parameters().values())
         total = sum(p.numel() for p in self.adapter.policy.parameters())
@@ -142,6 +139,11 @@ class Learner:
         self.inbox.open(self.version, self.cfg.steps, num_evaluations)
         logger.debug("policy version %d published", self.version)
 
+    def _look_up(self) -> None:
+        """Be heard by the other processes while this one waits, and hear whether it is interrupted."""
+        self.world.keep_waiting()
+        self.interrupts.check()
+
     def receive(self) -> Rollout:
         """Wait until the episodes of this version are in; raises RunError when they do not come or are unusable."""
         return self.inbox.rollout(self.version)
@@ -192,6 +194,7 @@ class Learner:
         before = probe.positions(self.adapter, rollout, self.cfg.seed)
         self.updating = True
         self.server.withdraw()
+        self.world.update(rollout)
         stats = self.algorithm.update(iter([rollout]))
         after = probe.positions(self.adapter, rollout, self.cfg.seed)
         updated = time.perf_counter()
@@ -208,6 +211,7 @@ class Learner:
             "rollout/episodes_dropped": self.ledger.pop_unused(),
             **{f"train/{name}": value for name, value in stats.to_log_dict().items()},
             **probe.change_mm(before, after),
+            **self.news,
             "time/env_s": rollout.stats.get("env_s", 0.0),
             "time/inference_s": rollout.stats.get("inference_s", 0.0),
             "time/update_s": updated - received,
@@ -217,6 +221,7 @@ class Learner:
         self.ledger.train(rollout.policy_version)
         self.ledger_file.write()
         self.metrics.write(record)
+        self.news = {}
         # until here weights, counters, ledger and log belong to no one version
         self.updating = False
         if self.cfg.log_freq > 0 and (
@@ -238,8 +243,12 @@ class Learner:
                     done += f"; policy {self.progress.best_version} is the best for {self.cfg.early_stop_patience} evaluations"
             except KeyboardInterrupt as interrupt:
                 ending, done = interrupt, "the learner was interrupted"
-            except launch.RunError as error:
+            except (launch.RunError, ConnectionError) as error:
                 ending, done = error, str(error)
+            finally:
+                # in an update they wait for something else, and end when this process does
+                if not self.updating:
+                    self.world.end()
             reason = "the learner was interrupted before its last checkpoint could be written"
             self._save_whole()
             reason = done
@@ -292,8 +301,9 @@ def run(cfg: Any) -> int:
     """Validate the config and train; returns the exit status."""
     with launch.user_errors():
         cfg.validate()
-        learner = Learner(cfg)
-    learner.run()
+        world = join_world(cfg.policy.device)
+        process = Follower(cfg, world) if world.rank else Learner(cfg, world)
+    process.run()
     return 0
 
 

@@ -17,7 +17,7 @@ ORDER: list[set[str]] = [
     {"startup.learner_main", "startup.actor_main", "startup.train_main"},
     # processes and commands; nothing below knows of them
     {"cli", "learner", "actor"},
-    {"doctor", "inbox", "prepare", "saving"},
+    {"doctor", "follower", "inbox", "prepare", "saving"},
     {"launch"},
     {"health", "ledger", "plots"},
     {"metrics"},
@@ -32,7 +32,7 @@ ORDER: list[set[str]] = [
     {"collector"},
     {"episodes"},
     {"algorithm"},
-    {"admission", "diagnostics", "objective", "probe", "targets", "value"},
+    {"admission", "diagnostics", "objective", "parallel", "probe", "targets", "value"},
     # from what a user wrote to a config
     {"config"},
     {"inert", "options", "parsing"},
@@ -86,6 +86,7 @@ ONLY_IN = {
     "PIL": {"videos"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
+    "accelerate": {"parallel"},
     "torch.utils.tensorboard": {"metrics"},
 }
 # code out of data; LeRobot's transport helpers unpickle what comes over the wire

@@ -406,7 +406,6 @@ def main() -> int:
         if any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only)
     ]
     tasks = [task for name, task in TASKS.items() if any(run.task == name for run in runs)]
-    clock = time.monotonic()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         policies = dict(zip(tasks, pool.map(bench.start, tasks), strict=True))
         measured = pool.map(
@@ -423,7 +422,7 @@ def main() -> int:
         "runs": results,
         "commands": bench.commands,
         "episodes": {task.name: task.eval_episodes for task in tasks},
-        "hours": (time.monotonic() - clock) / 3600,
+        "hours_of_training": sum(result["seconds"] for result in results) / 3600,
         "cpu": {"cores": os.cpu_count(), "machine": platform.machine()},
         "versions": versions(),
     }

@@ -248,10 +248,17 @@ def test_a_share_reaches_one_actor_alone_after_the_weights_that_it_belongs_to(se
 
 
 def test_an_actor_that_connects_again_takes_the_place_of_its_former_stream(server, client):
+    assert present(server, client.actor)
+    service = server._service
+    former = service.streams[client.actor]
     again = LearnerClient("127.0.0.1", server.port, 10.0)
     again.actor = client.actor
     client._closed = True  # what is left of a former life does not come back
     again.connect()
+    with service.condition:
+        assert service.condition.wait_for(
+            lambda: service.streams.get(again.actor) not in (None, former), timeout=10
+        )
     server.tell(again.actor, share(1))
     assert again.next_message().header["numbers"] == [1]
     assert present(server, again.actor)

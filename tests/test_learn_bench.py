@@ -97,7 +97,7 @@ def test_success_is_measured_by_lerobot_within_the_step_limit_on_fixed_and_on_ot
     fixed, elsewhere = bench.commands["x-eval"], bench.commands["x-elsewhere-eval"]
     for command in (fixed, elsewhere):
         assert "lerobot-eval" in command and "--eval.n_episodes=200" in command
-        assert "--env.task=pickup" in command and "--env.episode_length=25" in command
+        assert "--env.task=pickup" in command and "--env.episode_length=15" in command
     assert "init_states" not in fixed and "--env.init_states=false" in elsewhere
     bench.commands.clear()
     bench.measure("x", "pickup", tmp_path)

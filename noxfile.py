@@ -86,7 +86,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def learn(session: nox.Session) -> None:
-    """Demonstrations, lerobot-train, the recipe and lerobot-eval on the tabletop, with all controls; takes over an hour."""
+    """Demonstrations, lerobot-train, the recipe and lerobot-eval on the tabletop, with all controls; takes hours."""
     session.install(".[test]")
     session.run("python", "-m", "benchmarks.learn", *session.posargs)
 

@@ -14,7 +14,7 @@ import time
 from benchmarks.table import NAMES, table
 
 # fewer rounds than by itself, for the time of all
-OPTIONS = {"rollout_libero": ["--rounds=3"], "reset_libero": ["--rounds=5"]}
+OPTIONS = {"rollout_libero": ["--rounds=2"], "reset_libero": ["--rounds=5"], "update": ["--rounds=2"]}
 LIBERO = ("rollout_libero", "reset_libero")
 
 

@@ -1,7 +1,7 @@
 """How many samples a second an update trains on, and how many the network alone could.
 
 Ours is the whole update of a rollout whose features are there: advantages, minibatches, PPO's losses, the value head,
-gradient clipping and AdamW. Theirs is a forward and a backward pass of the action transformer over the same micro-batches.
+gradient clipping and AdamW; a sample counts once per epoch. Theirs is a forward and a backward pass of the action transformer over the same micro-batches.
 
     python -m benchmarks.update [--sizes tiny mid] [--micro_batch 32] [--minibatches 32 512] [--write]
 """
@@ -50,7 +50,7 @@ def compare(name: str, micro_batch: int, minibatch: int, rounds: int, rows: int)
         _, theirs = timed(bare, algorithm, batches)
         _, ours = timed(algorithm.update, iter([rollout]))
         if number > 0:
-            ratio.add(rows / ours, rows / theirs)
+            ratio.add(rows * algorithm.config.n_epochs / ours, rows / theirs)
     return ratio
 
 

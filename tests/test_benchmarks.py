@@ -55,6 +55,14 @@ def test_a_decision_is_measured_five_times_at_least(algorithm):
     assert all(seconds > 0 for seconds in ratio.ours + ratio.theirs)
 
 
+def test_a_sample_of_an_update_counts_once_per_epoch(monkeypatch):
+    monkeypatch.setattr(update, "timed", lambda call, *args: (call(*args), 1.0))
+    ratio = update.compare("tiny", 8, 8, rounds=1, rows=16)
+    epochs = sizes.make_config("tiny").algorithm.n_epochs
+    assert epochs > 1
+    assert (ratio.ours, ratio.theirs) == ([16.0 * epochs], [16.0])
+
+
 def test_an_update_and_the_network_alone_are_measured_without_leaving_gradients():
     ratio = update.compare("tiny", 8, 8, rounds=1, rows=16)
     assert len(ratio.ours) == 1 and ratio.median > 0

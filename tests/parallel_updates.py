@@ -32,6 +32,18 @@ def _with_values(lengths: tuple[int, ...] = (3, 2, 4), **options: Any) -> Made:
     return algorithm, make_rollout(algorithm.adapter, lengths)
 
 
+def _in_float64(made: Made) -> Made:
+    """Let the policy compute in float64: in float32 a batch of another size is rounded otherwise, in one process too."""
+    algorithm, rollout = made
+
+    def widen(_: torch.nn.Module, __: tuple, inputs: dict[str, torch.Tensor]) -> tuple[tuple, dict]:
+        return (), {n: value.double() if value.is_floating_point() else value for n, value in inputs.items()}
+
+    algorithm.policy.double()
+    algorithm.adapter.model.transformer.register_forward_pre_hook(widen, with_kwargs=True)
+    return algorithm, rollout
+
+
 def _with_groups() -> Made:
     # three rows are kept, which make a minibatch of two and one of one
     algorithm = make_group_algorithm(
@@ -47,13 +59,13 @@ def _with_a_nan() -> Made:
 
 
 CASES: dict[str, Callable[[], Made]] = {
-    "odd micro-batches": _with_values,
+    "odd micro-batches": lambda: _in_float64(_with_values()),
     "AdamW": lambda: _with_values(**ALIKE),
-    "a process without a row": lambda: _with_values(minibatch_size=1, micro_batch_size=1),
+    "a process without a row": lambda: _in_float64(_with_values(minibatch_size=1, micro_batch_size=1)),
     "warm-up of the value head": lambda: _with_values(critic_warmup_iterations=1),
-    "KL stop": lambda: _with_values(minibatch_size=3, n_epochs=3, target_kl=1e-4),
+    "KL stop": lambda: _in_float64(_with_values(minibatch_size=3, n_epochs=3, target_kl=1e-4)),
     "a number that is not finite": _with_a_nan,
-    "filtered groups": _with_groups,
+    "filtered groups": lambda: _in_float64(_with_groups()),
     "learned noise": lambda: _with_values(**ALIKE, **NOISE),
 }
 # of plain gradient descent: AdamW makes a whole step of what rounding leaves of a gradient, and hides a wrong size

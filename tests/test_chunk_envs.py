@@ -533,11 +533,13 @@ def test_worker_that_sleeps_while_it_closes_is_killed(sleepers, monkeypatch):
     assert sleepers.processes[1].exitcode == -signal.SIGKILL
 
 
-def test_worker_that_the_system_has_stopped_is_one_sentence_and_gone(workers):
-    workers.set_attr("task_id", 0)
+@pytest.mark.parametrize("unanswered", ["task_id", "init_state_id"])
+def test_worker_that_the_system_has_stopped_is_one_sentence_and_gone(workers, unanswered):
+    if unanswered != "task_id":
+        workers.set_attr("task_id", 0)
     hurry(workers)
     os.kill(workers.processes[1].pid, signal.SIGSTOP)
-    assert_hangs(bounded(lambda: workers.set_attr("init_state_id", 1)), workers, "at task 0")
+    assert_hangs(bounded(lambda: workers.set_attr(unanswered, 0)), workers, "at task 0")
 
 
 def test_worker_that_is_never_built_is_one_sentence():

@@ -109,10 +109,11 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
 
     def set_attr(self, name: str, values: Any) -> None:
         """Set an attribute of every environment."""
+        if name == "task_id":
+            # a worker that hangs from here on does so at its task
+            self._task_ids = list(values) if isinstance(values, (list, tuple)) else [values] * self.num_envs
         with self._explained():
             super().set_attr(name, values)
-        if name == "task_id":
-            self._task_ids = list(values) if isinstance(values, (list, tuple)) else [values] * self.num_envs
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         """Close the environments; with one dead, or a call half done, they are stopped without a farewell."""

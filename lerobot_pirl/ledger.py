@@ -5,6 +5,7 @@ An episode counts once or not at all: whoever delivers a number first, the same 
 trained, refused, returned and dropped is in ``ledger.jsonl``, a line per actor and policy version.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -28,6 +29,8 @@ EVALUATION = -1
 MAX_SHARE = 10_000
 # lines about refused episodes for each update
 MAX_REFUSALS = 1_000
+# size at which the file becomes `ledger.<n>.jsonl` and a new one is begun
+MAX_FILE_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -226,7 +229,10 @@ class Ledger:
 
 
 class LedgerFile:
-    """Appends a ledger's lines to ``ledger.jsonl`` in a run's folder; what a full disk refuses is kept."""
+    """Appends a ledger's lines to ``ledger.jsonl`` in a run's folder; what a full disk refuses is kept.
+
+    A file of :data:`MAX_FILE_BYTES` becomes ``ledger.<n>.jsonl``, numbered from 1, the oldest.
+    """
 
     def __init__(self, folder: Path, ledger: Ledger, iterations_done: int) -> None:
         """Go on with the file of a resumed run: iterations after those that are done count no more."""
@@ -235,12 +241,22 @@ class LedgerFile:
             text = self.path.read_bytes()
             # half a line that a kill left
             os.truncate(self.path, text.rfind(b"\n") + 1)
+        if self.path.exists() or self._last_full_file():
             self.ledger.lines.append({"state": "resumed", "iteration": iterations_done})
+
+    def _last_full_file(self) -> int:
+        """Return the number of the last file that was full, 0 if there was none."""
+        middles = [path.suffixes[0][1:] for path in self.path.parent.glob("ledger.*.jsonl")]
+        return max((int(each) for each in middles if each.isdecimal()), default=0)
 
     def flush(self) -> None:
         """Write what is new; raises OSError, naming the file, when the disk refuses it."""
         lines = list(self.ledger.lines)
         if lines:
+            # what cannot be renamed grows until it can
+            with contextlib.suppress(OSError):
+                if self.path.stat().st_size >= MAX_FILE_BYTES:
+                    self.path.rename(self.path.with_name(f"ledger.{self._last_full_file() + 1}.jsonl"))
             append_lines(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
             del self.ledger.lines[: len(lines)]
 

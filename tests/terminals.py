@@ -39,9 +39,17 @@ class Run:
         self.port = free_port()
         self.started: list[subprocess.Popen] = []
 
-    def start(self, role: str, *options: str, config: Path | None = None) -> "Terminal":
-        """Start a role of this run's config, or of another, such as a checkpoint's."""
-        command = [sys.executable, "-m", f"lerobot.rl.{role}", *self.arguments(*options, config=config)]
+    def start(
+        self,
+        role: str,
+        *options: str,
+        config: Path | None = None,
+        launcher: tuple[str, ...] = (),
+        package: str = "lerobot.rl",
+    ) -> "Terminal":
+        """Start a role of this run's config, or of another, such as a checkpoint's; by a launcher, if one is given."""
+        command = [sys.executable, *launcher, "-m", f"{package}.{role}"]
+        command += self.arguments(*options, config=config)
         log = self.folder / f"{role}{len(self.started)}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as file:

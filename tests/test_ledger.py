@@ -27,12 +27,13 @@ def hand(ledger: Ledger, actor: str, strangers: int = 0, now: float = NOW) -> li
 
 
 def read_ledger(path: Path) -> dict[int, dict[int, tuple[str, int]]]:
-    """Return what a run was trained on, from its file: iteration -> number -> actor and policy version that acted.
+    """Return what a run was trained on, from its files: iteration -> number -> actor and policy version that acted.
 
     A number that stands twice is an error; what a resume does again counts once.
     """
     trained: dict[int, dict[int, tuple[str, int]]] = {}
-    for line in map(json.loads, path.read_text().splitlines()):
+    full = sorted(path.parent.glob("ledger.*.jsonl"), key=lambda each: int(each.suffixes[0][1:]))
+    for line in map(json.loads, "".join(each.read_text() for each in (*full, path)).splitlines()):
         if line["state"] == "resumed":
             trained = {each: numbers for each, numbers in trained.items() if each <= line["iteration"]}
         elif line["state"] == "trained":
@@ -382,6 +383,38 @@ def test_a_resume_says_what_is_done_again_and_half_a_line_goes(tmp_path):
         1: [0, 1],
         2: [2, 3],
     }
+
+
+def test_a_large_file_makes_room_for_a_new_one_also_across_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr("lerobot_pirl.ledger.MAX_FILE_BYTES", 150)
+    for done in (0, 6):
+        ledger = Ledger(2)
+        file = LedgerFile(tmp_path, ledger, done)
+        for version in range(done, done + 8):
+            trained(ledger, version)
+            file.write()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert len(sizes) > 9
+    assert set(sizes) == {"ledger.jsonl"} | {f"ledger.{n}.jsonl" for n in range(1, len(sizes))}
+    assert all(size < 500 for size in sizes.values())
+    assert '"iteration": 1,' in (tmp_path / "ledger.1.jsonl").read_text()
+    assert list(read_ledger(file.path)) == list(range(1, 15))
+    # whoever removes old ones loses no others
+    (tmp_path / "ledger.1.jsonl").unlink()
+    rest = read_ledger(file.path)
+    for version in (14, 15):
+        trained(ledger, version)
+        file.write()
+    assert read_ledger(file.path) == rest | {
+        n: {2 * n - 2: ("a", n - 1), 2 * n - 1: ("b", n - 1)} for n in (15, 16)
+    }
+
+
+def test_a_resume_is_told_where_a_kill_came_before_the_new_file(tmp_path):
+    (tmp_path / "ledger.1.jsonl").write_text("")
+    ledger = Ledger(2)
+    LedgerFile(tmp_path, ledger, 3)
+    assert ledger.lines == [{"state": "resumed", "iteration": 3}]
 
 
 def test_what_a_full_disk_refuses_is_kept(tmp_path, caplog):

@@ -69,7 +69,8 @@ def chunk_bytes(size: str, dtype_bytes: int) -> int:
     """
     policy = make_config(size).policy
     view = (policy.resize_imgs_with_padding[0] // _STRIDE) ** 2 + 1
-    tokens = policy.num_image_views * view + policy.tokenizer_max_length
+    # views without a camera are not sent
+    tokens = min(policy.num_image_views, CAMERAS) * view + policy.tokenizer_max_length
     width = policy.florence_config["vision_config"]["projection_dim"]
     features = dtype_bytes * (tokens * width + policy.max_state_dim)
     chain = 4 * 2 * policy.chunk_size * _ACTION_DIM

@@ -73,6 +73,8 @@ UNFIT = {
     "no view": ("vlm_features", lambda value: value[:, :0], "features have rows of shapes"),
     "long view": ("vlm_features", lambda value: value.repeat(1, 20, 1), "features have rows of shapes"),
     "long auxiliary view": ("aux_visual_inputs", lambda value: value.repeat(1, 40, 1), "features have rows of shapes"),
+    "long empty view": ("empty_views", lambda value: value.repeat(1, 100, 1), "features have rows of shapes"),
+    "wide empty view": ("empty_views", lambda value: torch.zeros(*value.shape[:2], 1), "features have rows of shapes"),
     "wide state": ("proprio", wider(1), "features have rows of shapes"),
     "state of integers": ("proprio", lambda value: value.long(), "features.proprio is torch.int64 instead of floating"),
     "domains": ("domain_id", lambda value: value[:, None], "features have rows of shapes"),

@@ -302,12 +302,37 @@ def test_encode_gives_the_transformer_what_the_stock_policy_gives_it(adapter, ob
     finally:
         handle.remove()
     features = adapter.encode(observed[2])
-    assert features.keys() == {"vlm_features", "aux_visual_inputs", "proprio", "domain_id"}
+    assert features.keys() == {"vlm_features", "aux_visual_inputs", "empty_views", "proprio", "domain_id"}
+    assert features["empty_views"].shape == (2, 0, 0)
     for name in ("vlm_features", "aux_visual_inputs", "domain_id"):
         assert torch.equal(features[name], seen[0][name]), name
     noise = torch.zeros_like(seen[0]["action_with_noise"])
     proprio, _ = adapter.model.action_space.preprocess(features["proprio"], noise)
     assert torch.equal(proprio, seen[0]["proprio"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_empty", [1, 2])
+def test_views_without_a_camera_are_not_kept_and_the_network_sees_them_all_the_same(num_empty):
+    adapter = adapter_with({"num_image_views": 2 + num_empty})
+    adapter.run_config = tiny_config()
+    batch = observe(adapter)[2]
+    features = adapter.encode(batch)
+    inputs = adapter.policy._build_model_inputs(batch)
+    stock = adapter.model.forward_vlm(inputs["input_ids"], inputs["image_input"], inputs["image_mask"])
+    tokens = features["aux_visual_inputs"].shape[1]
+    assert stock["aux_visual_inputs"].shape[1] == tokens * (1 + num_empty)
+    assert features["empty_views"].shape == (2, tokens * num_empty, 0)
+    x_t = torch.randn(2, 8, 20)
+    t = torch.full((2,), 0.7)
+    proprio, without_gripper = adapter.model.action_space.preprocess(features["proprio"], x_t)
+    expected = adapter.model.transformer(
+        domain_id=features["domain_id"], action_with_noise=without_gripper, proprio=proprio, t=t, **stock
+    )
+    assert torch.equal(adapter.predict_x0(features, x_t, t), expected)
+    pooled = adapter.value_input(features)
+    width = stock["aux_visual_inputs"].shape[2]
+    torch.testing.assert_close(pooled[:, width : 2 * width], stock["aux_visual_inputs"].mean(dim=1))
 
 
 @torch.no_grad()
@@ -318,7 +343,7 @@ def test_prediction_equals_the_stock_transformers_at_the_same_state_and_time(ada
     stock = adapter.model.transformer(
         domain_id=features["domain_id"],
         vlm_features=features["vlm_features"],
-        aux_visual_inputs=features["aux_visual_inputs"],
+        aux_visual_inputs=torch.cat([features["aux_visual_inputs"], torch.zeros(ROWS, 2, 128)], dim=1),
         action_with_noise=without_gripper,
         proprio=proprio,
         t=t,
@@ -531,6 +556,7 @@ def test_value_input_pools_all_views_and_appends_the_proprio(num_image_views):
     features = features_for(adapter)
     tokens = features["aux_visual_inputs"]
     features["aux_visual_inputs"] = tokens.repeat(1, num_image_views - 1, 1)
+    features["empty_views"] = torch.empty(ROWS, 0, 0)
     pooled = adapter.value_input(features)
     assert pooled.shape == (ROWS, adapter.value_input_dim) and pooled.dtype == torch.float32
     auxiliary = tokens.mean(dim=1) if num_image_views > 1 else torch.zeros(ROWS, 128)

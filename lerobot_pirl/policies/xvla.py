@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 from lerobot.utils.constants import ACTION
@@ -198,13 +199,21 @@ class XVLAAdapter:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the frozen encoder's features ``[B, tokens, width]``, proprio ``[B, P]`` and domain ``[B]``."""
+        """Return the frozen encoder's features ``[B, tokens, width]``, proprio ``[B, P]`` and domain ``[B]``.
+
+        Views without a camera come last and are zeros: of them ``empty_views`` keeps the number of tokens alone,
+        ``[B, tokens, 0]``.
+        """
         inputs = self.policy._build_model_inputs(batch)
         features = self.model.forward_vlm(
             inputs["input_ids"], inputs["image_input"].to(self.dtype), inputs["image_mask"]
         )
+        auxiliary, (_, *others) = features["aux_visual_inputs"], inputs["image_mask"][0].tolist()
+        seen = auxiliary.shape[1] * sum(others) // max(1, len(others))
         return {
-            **features,
+            "vlm_features": features["vlm_features"],
+            "aux_visual_inputs": auxiliary[:, :seen],
+            "empty_views": auxiliary[:, seen:, :0],
             "proprio": inputs["proprio"].to(self.dtype),
             "domain_id": inputs["domain_id"].to(self.device),
         }
@@ -215,10 +224,13 @@ class XVLAAdapter:
         room = transformer.pos_emb.shape[1] - self.model.chunk_size
         width = self.policy.config.get_florence_config().vision_config.projection_dim
         shapes = {name: tuple(value.shape[1:]) for name, value in features.items()}
-        vlm, aux = shapes.get("vlm_features", ()), shapes.get("aux_visual_inputs", ())
-        # the pooled view needs a token of the first, the sequence has room for so many of both
-        tokens_fit = len(vlm) == len(aux) == 2 and 1 <= vlm[0] <= vlm[0] + aux[0] <= room
-        wanted = {"vlm_features": (*vlm[:1], width), "aux_visual_inputs": (*aux[:1], width)}
+        views = ("vlm_features", "aux_visual_inputs", "empty_views")
+        vlm, aux, empty = (shapes.get(name, ()) for name in views)
+        # the pooled view needs a token of the first, the sequence has room for so many of all
+        tokens_fit = (
+            len(vlm) == len(aux) == len(empty) == 2 and 1 <= vlm[0] <= vlm[0] + aux[0] + empty[0] <= room
+        )
+        wanted = dict(zip(views, ((*vlm[:1], width), (*aux[:1], width), (*empty[:1], 0)), strict=True))
         if not tokens_fit or shapes != wanted | {"proprio": (self.model.dim_proprio,), "domain_id": ()}:
             raise ValueError(
                 f"rollout: features have rows of shapes {shown(shapes)}, which this policy does not make; start the actor "
@@ -242,7 +254,7 @@ class XVLAAdapter:
             x0_pred = self.model.transformer(
                 domain_id=features["domain_id"],
                 vlm_features=features["vlm_features"],
-                aux_visual_inputs=features["aux_visual_inputs"],
+                aux_visual_inputs=_auxiliary_views(features),
                 action_with_noise=x_t,
                 proprio=proprio,
                 t=t,
@@ -260,7 +272,7 @@ class XVLAAdapter:
     def value_input(self, features: dict[str, Tensor]) -> Tensor:
         """Return pooled primary and auxiliary view features and the raw proprio, float32 ``[B, F]``."""
         primary = features["vlm_features"].float().mean(dim=1)
-        auxiliary = features["aux_visual_inputs"].float()
+        auxiliary = _auxiliary_views(features).float()
         pooled = auxiliary.mean(dim=1) if auxiliary.shape[1] else torch.zeros_like(primary)
         return torch.cat([primary, pooled, features["proprio"].float()], dim=1).detach()
 
@@ -285,3 +297,8 @@ class XVLAAdapter:
         """
         names = [name for name, _ in self.policy.named_parameters()]
         return set(domain_tables(names, self.policy.config.use_hetero_proj))
+
+
+def _auxiliary_views(features: dict[str, Tensor]) -> Tensor:
+    """Return the tokens of all views but the first, those without a camera included."""
+    return F.pad(features["aux_visual_inputs"], (0, 0, 0, features["empty_views"].shape[1]))

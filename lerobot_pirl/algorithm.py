@@ -63,6 +63,8 @@ class PiRLAlgorithm(RLAlgorithm):
         if config.advantage == "gae":
             head = make_value_head(adapter.value_input_dim, config.value_hidden_dims)
             self.value_head = head.to(self.device)
+        # looked up for every minibatch
+        self._trainable = trainable_parameters(self.policy, self.noise_head)
         weights = self.get_weights() if config.kl_coef else {}
         self.start = {name: value.clone() for name, value in weights.items()}
         self.schedule, self.steps = schedule, steps
@@ -81,7 +83,7 @@ class PiRLAlgorithm(RLAlgorithm):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of policy and noise head that train, by name."""
-        return trainable_parameters(self.policy, self.noise_head)
+        return self._trainable
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
         """Return a new AdamW over policy weights with decay, without decay, and the value head; and its scheduler."""

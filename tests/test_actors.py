@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import queue
 import signal
 import threading
 import time
@@ -272,7 +273,7 @@ def test_what_cannot_be_used_is_collected_again_by_the_same_actor(alone, tmp_pat
     cfg = same_run(tmp_path / "run")
     with learning(cfg) as learner:
         hand = Hand(learner)
-        post, send, spoilt = hand.actor.client.post, hand.actor.client.send, []
+        client, post, spoilt = hand.actor.client, hand.actor.client.post, []
 
         def spoil_the_first(message) -> None:
             if message.kind == "rollout" and not spoilt:
@@ -281,12 +282,19 @@ def test_what_cannot_be_used_is_collected_again_by_the_same_actor(alone, tmp_pat
                 message = Message(message.kind, message.header, tensors)
             post(message)
 
-        def send_and_hear_late(*messages) -> None:
-            send(*messages)
-            # it is asked again before it knows that it has delivered
-            time.sleep(0.5)
+        receive, on_sent, delivered = hand.actor._receive, client.on_sent, queue.SimpleQueue()
 
-        hand.actor.client.post, hand.actor.client.send = spoil_the_first, send_and_hear_late
+        def receive_and_hear_late(share) -> None:
+            # it is asked again before it knows that it has delivered
+            receive(share)
+            while spoilt and spoilt[0] in share.header.get("numbers", []) and not delivered.empty():
+                on_sent(delivered.get())
+
+        hand.actor._receive, client.on_sent, client.post = (
+            receive_and_hear_late,
+            delivered.put,
+            spoil_the_first,
+        )
         train(learner, [hand])
         assert "log_prob holds a number that is not finite" in caplog.text
         assert assert_whole(cfg.output_dir) == {hand.id}

@@ -343,7 +343,7 @@ def test_prediction_equals_the_stock_transformers_at_the_same_state_and_time(ada
     stock = adapter.model.transformer(
         domain_id=features["domain_id"],
         vlm_features=features["vlm_features"],
-        aux_visual_inputs=torch.cat([features["aux_visual_inputs"], torch.zeros(ROWS, 2, 128)], dim=1),
+        aux_visual_inputs=features["aux_visual_inputs"],
         action_with_noise=without_gripper,
         proprio=proprio,
         t=t,

@@ -57,7 +57,7 @@ def tiny_features(adapter: XVLAAdapter, rows: int, seed: int = 0) -> dict[str, t
     return {
         "vlm_features": torch.randn(rows, 6, width, generator=generator),
         "aux_visual_inputs": torch.randn(rows, 3, width, generator=generator),
-        "empty_views": torch.empty(rows, 2, 0),
+        "empty_views": torch.empty(rows, 0, 0),
         "proprio": torch.randn(rows, adapter.model.dim_proprio, generator=generator),
         "domain_id": torch.full((rows,), 3),
     }

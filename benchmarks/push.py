@@ -1,9 +1,10 @@
 """How long new weights take from the learner's memory into the actor's policy, and how much memory that takes.
 
-Learner and actor are two processes on loopback. Three ways take turns:
+Learner and actor are two processes on loopback. These ways take turns:
 
 - ours: publish, stream, receive, check and copy into the policy;
 - raw TCP: as many bytes from one process's memory into the other's, no more;
+- bare gRPC: as many bytes in a stream of pieces of our size, without messages, checks and a policy;
 - LeRobot's own service, queue and conversions with the parameters of the whole policy, where ours sends those that
   train: the share of them is the real X-VLA's, at ``--scale`` of its size.
 
@@ -14,8 +15,11 @@ import argparse
 import multiprocessing
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
+import numpy as np
 import torch
 
 from benchmarks import push_lerobot
@@ -23,22 +27,25 @@ from benchmarks.memory import peak
 from benchmarks.push_lerobot import make_policy
 from benchmarks.ratios import Ratio, report
 from lerobot_pirl.transport import LearnerClient, LearnerServer
+from lerobot_pirl.transport.pieces import PIECE_BYTES
 from lerobot_pirl.weights import load_weights, trainable_parameters
 from lerobot_pirl.wire import Message
 
 TARGET, SENDER, RECEIVER, LEROBOT = 0.7, 0.1, 1.3, 1 / 40
 # numbers in the real X-VLA, and those of them that train
 PARAMETERS, TRAINABLE = 879_500_000, 308_800_000
+SERVICE, METHOD = "bare", "read"
 
 
 class Actor:
     """The other process: does what it is told, and answers when it is done."""
 
-    def __init__(self, pipe: Any, num_parameters: int, port: int) -> None:
+    def __init__(self, pipe: Any, num_parameters: int, port: int, bare_port: int) -> None:
         torch.set_num_threads(1)
         self.pipe, self.policy = pipe, make_policy(num_parameters)
         self.client = LearnerClient("127.0.0.1", port, 60.0)
         self.client.connect()
+        self.read = grpc.insecure_channel(f"127.0.0.1:{bare_port}").unary_stream(f"/{SERVICE}/{METHOD}")
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.buffer = torch.zeros(sum(p.nbytes for p in self.policy.parameters()), dtype=torch.uint8)
         pipe.send(self.listener.getsockname()[1])
@@ -66,10 +73,32 @@ class Actor:
         while got < len(view):
             got += self.socket.recv_into(view[got:])
 
+    def grpc(self) -> None:
+        """Take as many bytes of a stream."""
+        view, got = memoryview(self.buffer.numpy()), 0
+        for piece in self.read(b""):
+            view[got : got + len(piece)] = piece
+            got += len(piece)
 
-def act(pipe: Any, num_parameters: int, port: int) -> None:
+
+def act(pipe: Any, *parameters_and_ports: int) -> None:
     """Be the other process."""
-    Actor(pipe, num_parameters, port).serve()
+    Actor(pipe, *parameters_and_ports).serve()
+
+
+def bare_server(payload: np.ndarray) -> tuple[grpc.Server, int]:
+    """Return a server that streams bytes to whoever asks, and its port."""
+
+    def read(request: bytes, context: grpc.ServicerContext) -> Any:
+        for start in range(0, len(payload), PIECE_BYTES):
+            yield payload[start : start + PIECE_BYTES].tobytes()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    handlers = {METHOD: grpc.unary_stream_rpc_method_handler(read)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    return server, port
 
 
 class Pair:
@@ -81,13 +110,14 @@ class Pair:
             name: p.detach() for name, p in trainable_parameters(make_policy(num_parameters)).items()
         }
         self.num_bytes = sum(value.nbytes for value in self.weights.values())
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=act, args=(other, num_parameters, self.server.port))
-        self.process.start()
-        self.socket = socket.create_connection(("127.0.0.1", self.pipe.recv()))
         # not zeros: those would be one page of memory, over and over
         self.payload = torch.ones(self.num_bytes, dtype=torch.uint8).numpy()
+        self.bare, bare_port = bare_server(self.payload)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=act, args=(other, num_parameters, self.server.port, bare_port))
+        self.process.start()
+        self.socket = socket.create_connection(("127.0.0.1", self.pipe.recv()))
         self.version = 0
 
     def _measure(self, what: str, send: Any) -> tuple[float, int | None, int | None]:
@@ -114,16 +144,22 @@ class Pair:
         """Send as many bytes."""
         return self._measure("tcp", lambda: self.socket.sendall(self.payload))[0]
 
+    def grpc(self) -> float:
+        """Let the actor ask for as many bytes."""
+        return self._measure("grpc", lambda: None)[0]
+
     def close(self) -> None:
         """Stop the actor."""
         self.pipe.send("stop")
         self.process.join(30)
         self.server.close()
+        self.bare.stop(None)
 
 
 def against_tcp(megabytes: int, rounds: int) -> list[Ratio]:
     """Measure a push of so many megabytes; the first round does not count."""
     speed = Ratio(f"push of {megabytes} MB to raw TCP", "MB/s", TARGET)
+    bare = Ratio(f"push of {megabytes} MB to a bare gRPC stream", "MB/s", TARGET)
     sender = Ratio(f"extra memory of the sender of {megabytes} MB to these", "MB", SENDER, at_least=False)
     receiver = Ratio(
         f"extra memory of the receiver of {megabytes} MB to these", "MB", RECEIVER, at_least=False
@@ -132,16 +168,17 @@ def against_tcp(megabytes: int, rounds: int) -> list[Ratio]:
     size = pair.num_bytes / 1e6
     try:
         for number in range(rounds + 1):
-            theirs = pair.tcp()
+            tcp, grpc_alone = pair.tcp(), pair.grpc()
             ours, here, there = pair.ours()
             if number > 0:
-                speed.add(size / ours, size / theirs)
+                speed.add(size / ours, size / tcp)
+                bare.add(size / ours, size / grpc_alone)
                 for ratio, extra in ((sender, here), (receiver, there)):
                     if extra is not None:
                         ratio.add(extra / 1e6, size)
     finally:
         pair.close()
-    return [speed, *(ratio for ratio in (sender, receiver) if ratio.ours)]
+    return [speed, bare, *(ratio for ratio in (sender, receiver) if ratio.ours)]
 
 
 def against_lerobot(scale: float, rounds: int) -> Ratio:

@@ -14,7 +14,11 @@ import time
 from benchmarks.table import NAMES, table
 
 # fewer rounds than by itself, for the time of all
-OPTIONS = {"rollout_libero": ["--rounds=2"], "reset_libero": ["--rounds=5"], "update": ["--rounds=2"]}
+OPTIONS = {
+    "rollout_libero": ["--rounds=5", "--stock_rounds=2"],
+    "reset_libero": ["--rounds=5"],
+    "update": ["--rounds=2"],
+}
 LIBERO = ("rollout_libero", "reset_libero")
 
 

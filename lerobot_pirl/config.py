@@ -62,6 +62,8 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
 
     # Who runs learner and actor: the name of a recipe, here `pi-rl`.
     recipe: str | None = None
+    # Updates between two lines in the learner's terminal; 0 or less: none.
+    log_freq: int = 1
     # Refused, since the recipe learns from its own rollouts; LeRobot's type would look for video decoders.
     dataset: dict[str, Any] | None = None
     # Updates between two noise-free evaluations of `eval.n_episodes` episodes; 0 or less: none.

@@ -87,7 +87,7 @@ def _early_stops(updates: Records, evaluations: Records) -> str | None:
 
 def _skipped_steps(updates: Records, evaluations: Records) -> str | None:
     counts = [u.get("train/skipped_steps") or 0 for u in updates[-WINDOW - 1 :]]
-    # the count starts at 0 with every process
+    # a resume from an older checkpoint sets the count back
     before = [0, *counts] if len(counts) <= WINDOW else counts
     skipped = sum(b - a if b >= a else b for a, b in zip(before, before[1:], strict=False))
     if not skipped:

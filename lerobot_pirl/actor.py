@@ -19,6 +19,7 @@ from lerobot_pirl.collector import Collector, episode_specs, next_of
 from lerobot_pirl.envs.chunk import make_chunk_envs, num_init_states, task_description, task_ids
 from lerobot_pirl.episodes import Episode, EpisodeSpec, assemble
 from lerobot_pirl.evaluate import evaluate, evaluation_specs
+from lerobot_pirl.ledger import EVALUATION
 from lerobot_pirl.metadata import MetadataMismatch, judge, one_line
 from lerobot_pirl.policies.base import noise_head
 from lerobot_pirl.registry import RegistryError
@@ -75,7 +76,7 @@ class Actor:
             wire.connect_timeout_s,
             on_wait=self._report_wait,
             peer_timeout_s=wire.peer_timeout_s,
-            on_sent=lambda message: self.held.discard(message.header.get("number")),
+            on_sent=self._note_sent,
             security=security.read(wire),
         )
         self.client.connect()
@@ -103,6 +104,11 @@ class Actor:
         self.collector = Collector(
             self.envs, self.adapter, algorithm.last_step_prob, cfg.seed, on_progress=self._show_progress
         )
+
+    def _note_sent(self, message: Message) -> None:
+        # what went to a former learner process says nothing of what the present one handed out
+        if message.header.get("session") == self.session:
+            self.held.discard(message.header.get("number"))
 
     def _report_wait(self, seconds: float) -> None:
         wire = self.cfg.algorithm.wire
@@ -161,9 +167,12 @@ class Actor:
         header, algorithm = share.header, self.cfg.algorithm
         if header.get("session") != self.session:
             return
-        if header.get("evaluate") and header.get("policy_version") == self.version:
-            self.evaluations.append(header["evaluate"])
         self.held.difference_update(header.get("refused", []))
+        due = header.get("evaluate") and header.get("policy_version") == self.version
+        # after a reconnection the learner hands it out again too
+        if due and EVALUATION not in self.held:
+            self.held.add(EVALUATION)
+            self.evaluations.append(header["evaluate"])
         for number in header.get("numbers", []):
             # after a reconnection the learner hands out again what this actor may still have
             if self._iteration(number) >= self.version and number not in self.held:

@@ -56,6 +56,8 @@ class Inbox:
     _useless: Counter = field(default_factory=Counter)
     _useful_at: float = 0.0
     _failure: Exception | None = None
+    # of the features of an episode that counted
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         threading.Thread(target=self._serve, name="inbox", daemon=True).start()
@@ -242,6 +244,14 @@ class Inbox:
                 f"the rollout has {len(rollout.episode_lengths)} episodes instead of the one it names"
             )
         self.check_rollout(rollout)
+        for features in (rollout.features, rollout.final_features):
+            shapes = {name: tuple(value.shape[1:]) for name, value in features.items()}
+            self._shapes = self._shapes or shapes
+            if shapes != self._shapes:
+                raise ValueError(
+                    f"rollout: features have rows of shapes {shown(shapes)}, others {shown(self._shapes)}; start all actors "
+                    "with the same config"
+                )
         return rollout
 
 

@@ -245,6 +245,9 @@ class Learner:
                 ending, done = interrupt, "the learner was interrupted"
             except (launch.RunError, ConnectionError) as error:
                 ending, done = error, str(error)
+            except Exception as error:
+                # the weights are those of the last update all the same
+                ending, done = error, reason
             finally:
                 # in an update they wait for something else, and end when this process does
                 if not self.updating:

@@ -27,7 +27,7 @@ LEDGER_FILE = "ledger.jsonl"
 EVALUATION = -1
 # numbers that one message may hold
 MAX_SHARE = 10_000
-# lines about refused episodes for each update
+# lines about refused episodes, and about returned ones, for each update
 MAX_REFUSALS = 1_000
 # size at which the file becomes `ledger.<n>.jsonl` and a new one is begun
 MAX_FILE_BYTES = 64 * 2**20
@@ -64,6 +64,7 @@ class Ledger:
         peers: the actors that take part, by id.
         delivered: actor and acting policy version of what came in and was not trained yet, by number.
         unused: episodes that came in and were refused, since :meth:`pop_unused` told of them.
+        returned: how often episodes were taken back since then.
         lines: of the file, not written yet.
     """
 
@@ -76,6 +77,7 @@ class Ledger:
     peers: dict[str, Peer] = field(default_factory=dict)
     delivered: dict[int, tuple[str, int]] = field(default_factory=dict)
     unused: int = 0
+    returned: int = 0
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def open(self, version: int, steps: int, evaluate: bool) -> None:
@@ -114,7 +116,9 @@ class Ledger:
             insort(self.waiting, number)
         if held:
             logger.warning("%s of actor %s go to others: %s", _in_words(held), actor, reason)
-            self.lines.append({"state": "returned", "actor": actor, "numbers": held, "reason": reason})
+            self.returned += 1
+            if self.returned <= MAX_REFUSALS:
+                self.lines.append({"state": "returned", "actor": actor, "numbers": held, "reason": reason})
 
     def hear(self, actor: str, now: float) -> None:
         """Note that an actor is alive."""
@@ -199,7 +203,7 @@ class Ledger:
 
     def pop_unused(self) -> int:
         """Return the number of episodes that were refused since the last call."""
-        unused, self.unused = self.unused, 0
+        unused, self.unused, self.returned = self.unused, 0, 0
         return unused
 
     def numbers(self, iteration: int) -> range:

@@ -10,6 +10,8 @@ from torch import Tensor
 from lerobot_pirl.ppo import compute_gae
 from lerobot_pirl.rules import is_finite, shown
 
+# of the seconds and counts that an actor sends
+MAX_STAT = 1e12
 # per row of a rollout, with type and number of axes; features come on top, with a prefix
 _ROW_FIELDS = {
     "chain": (torch.float32, 4),
@@ -111,7 +113,9 @@ class Rollout:
         version, stats = header.get("policy_version"), header.get("stats", {})
         if type(version) is not int:
             raise ValueError(f"rollout: policy_version is {shown(version)}; update the actor's package")
-        if not isinstance(stats, dict) or not all(map(is_finite, stats.values())):
+        # sums of them must be numbers too
+        fits = isinstance(stats, dict) and all(is_finite(n) and abs(n) <= MAX_STAT for n in stats.values())
+        if not fits:
             raise ValueError(f"rollout: stats is {shown(stats)} instead of numbers by name")
         rollout = cls(
             policy_version=version,

@@ -16,7 +16,7 @@ import torch
 
 from lerobot_pirl.actor import Actor
 from lerobot_pirl.learner import Learner
-from lerobot_pirl.ledger import LEDGER_FILE
+from lerobot_pirl.ledger import EVALUATION, LEDGER_FILE
 from lerobot_pirl.options import VALUE_OPTIONS, PiRLConfig
 from lerobot_pirl.policies.base import chain_log_prob
 from lerobot_pirl.transport import server as server_module
@@ -300,6 +300,25 @@ def test_what_cannot_be_used_is_collected_again_by_the_same_actor(alone, tmp_pat
         assert assert_whole(cfg.output_dir) == {hand.id}
         found = weights(learner)
         assert all(torch.equal(found[name], value) for name, value in alone[1].items())
+
+
+def test_what_is_handed_out_again_is_done_once_and_a_former_learner_takes_nothing_off_the_list(tmp_path):
+    with learning(run_config(tmp_path / "run")) as learner:
+        actor = Hand(learner).actor
+        actor.session, actor.version = "present", 0
+        evaluate = Message("share", {"session": "present", "policy_version": 0, "evaluate": 2})
+        for _ in range(2):
+            actor._receive(evaluate)
+        assert actor.evaluations == [2]
+        actor._receive(Message("share", {"session": "present", "refused": [EVALUATION]}))
+        actor._receive(evaluate)
+        assert actor.evaluations == [2, 2]
+        actor.held.add(5)
+        actor._note_sent(Message("rollout", {"session": "former", "number": 5}))
+        assert 5 in actor.held
+        actor._note_sent(Message("rollout", {"session": "present", "number": 5}))
+        assert 5 not in actor.held
+        actor.close()
 
 
 def test_groups_that_several_actors_collect_are_whole(tmp_path):

@@ -390,6 +390,30 @@ def test_a_rollout_that_the_policy_cannot_have_made_is_refused(learner, caplog):
     assert "refused one rollout of actor a: rollout: chain has rows of shape" in caplog.text
 
 
+def test_a_rollout_whose_features_are_not_shaped_as_the_others_is_refused(learner):
+    message = broken(learner)
+    message.tensors["chain"] = message.tensors["chain"].nan_to_num()
+    learner.inbox._decode(message)
+    for group in ("features", "final_features"):
+        views = message.tensors[f"{group}.aux_visual_inputs"]
+        longer = message.tensors | {f"{group}.aux_visual_inputs": torch.cat([views, views], dim=1)}
+        with pytest.raises(
+            ValueError, match="features have rows of shapes .*; start all actors with the same config"
+        ):
+            learner.inbox._decode(Message("rollout", message.header, longer))
+
+
+def test_an_error_of_any_kind_outside_an_update_leaves_a_checkpoint(learner, monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(learner, "_check_baseline", fail)
+    with pytest.raises(RuntimeError, match="odd"):
+        learner.run()
+    assert checkpoints(learner) == ["000000", "last"]
+    assert decode(learner.server._service.last_words).header["reason"] == "the learner failed"
+
+
 def test_an_interrupt_while_waiting_leaves_a_checkpoint(learner):
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -417,6 +417,18 @@ def test_a_resume_is_told_where_a_kill_came_before_the_new_file(tmp_path):
     assert ledger.lines == [{"state": "resumed", "iteration": 3}]
 
 
+def test_episodes_that_are_returned_over_and_over_fill_no_memory(monkeypatch):
+    monkeypatch.setattr("lerobot_pirl.ledger.MAX_REFUSALS", 3)
+    ledger = opened(4, "a")
+    for _ in range(5):
+        ledger.join("a", 4, 0.0)
+        assert hand(ledger, "a") == [0, 1, 2, 3]
+    assert [line["state"] for line in ledger.lines] == ["returned"] * 3
+    ledger.pop_unused()
+    ledger.join("a", 4, 0.0)
+    assert len(ledger.lines) == 4
+
+
 def test_what_a_full_disk_refuses_is_kept(tmp_path, caplog):
     ledger = Ledger(2)
     file = LedgerFile(tmp_path / "closed", ledger, 0)

@@ -178,6 +178,7 @@ HEADERS = {
     "not a number in stats": {"stats": {"env_s": math.nan}},
     "infinity in stats": {"stats": {"env_s": -math.inf}},
     "more than a float holds in stats": {"stats": {"env_s": 10**400}},
+    "more than a sum of two holds in stats": {"stats": {"env_s": 17 * 10**307}},
 }
 
 

@@ -16,7 +16,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_pirl.transport import LearnerClient, LearnerServer
 from lerobot_pirl.transport.pieces import _Message, from_pieces, to_pieces
-from lerobot_pirl.transport.server import ACTOR_KEY, Publication
+from lerobot_pirl.transport.server import ACTOR_KEY, Publication, _Stream
 from lerobot_pirl.wire import Message, WireError, decode, encode, payload_start
 
 
@@ -152,6 +152,40 @@ def test_a_full_inbox_makes_the_actor_wait_and_loses_nothing(monkeypatch):
     sender.join(10)
     client.close()
     server.close()
+
+
+class TooLate(grpc.RpcError):
+    """What a call ends with whose time is over."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_what_a_slow_line_has_cut_goes_on_one_by_one(server, client, monkeypatch, caplog):
+    monkeypatch.setattr("lerobot_pirl.transport.client.RETRY_S", 0.05)
+    call, calls = client._call, []
+
+    def cut_the_first(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise TooLate
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(client, "_call", cut_the_first)
+    client.send(*map(rollout, range(3)))
+    assert len(calls) == 4
+    assert [server.receive(timeout=10).header["policy_version"] for _ in range(3)] == [0, 1, 2]
+    assert "could not be sent what is there (DEADLINE_EXCEEDED); trying again" in caplog.text
+
+
+def test_an_actor_that_reads_nothing_of_its_own_loses_its_stream(server, monkeypatch):
+    monkeypatch.setattr("lerobot_pirl.transport.server.MAX_UNREAD", 3)
+    server._service.streams["deaf"] = _Stream()
+    for _ in range(3):
+        server.tell("deaf", Message("share", {}))
+    assert server.actors == ["deaf"]
+    server.tell("deaf", Message("share", {}))
+    assert server.actors == []
 
 
 def test_no_learner_is_one_sentence_after_the_timeout():

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 ANSWER_TIMEOUT_S = 10.0
+# of a connection by which an actor can still deliver
+SLOWEST_BYTES_PER_S = 2**16
 # messages that one call delivers
 MAX_BATCH = 16
 # what a learner that is there and has no time or no room answers
@@ -251,7 +253,7 @@ class LearnerClient:
             ConnectionError: when the learner refuses one.
         """
         encoded = [encode_parts(message) for message in messages]
-        deadline = 60.0 + sum(len(part) for parts in encoded for part in parts) / 2**20
+        deadline = 60.0 + sum(len(part) for parts in encoded for part in parts) / SLOWEST_BYTES_PER_S
         while not self.ended and not self._closed:
             try:
                 pieces = chain.from_iterable(to_pieces(parts, services_pb2.Transition) for parts in encoded)
@@ -262,10 +264,18 @@ class LearnerClient:
                     raise ConnectionError(
                         f"the learner refused the {messages[0].kind}: {error.details()}"
                     ) from error
+                logger.warning(
+                    "the learner could not be sent what is there (%s); trying again", error.code().name
+                )
             except ValueError:
                 # the listener has just left this channel for a new one
                 logger.debug("the channel was closed", exc_info=True)
             time.sleep(RETRY_S)
+            if len(messages) > 1:
+                # how many have arrived is unknown: one by one, no later one is lost to the time of all
+                for message in messages:
+                    self.send(message)
+                return
 
     def send_refusal(self, reason: str) -> None:
         """Tell the learner that this actor will not work with it, if it can be told."""

@@ -17,13 +17,15 @@ from lerobot_pirl.wire import MAX_BYTES, Message, WireError, decode, encode, enc
 
 logger = logging.getLogger(__name__)
 
-# one per open stream plus what is in flight
-SERVER_THREADS = 64
+# one per open stream plus what is in flight; they are made when they are needed
+SERVER_THREADS = 1024
 STREAM_POLL_S = 0.5
 END_GRACE_S = 10.0
 SLOWEST_BYTES_PER_S = 10 * 2**20
 # until a peer that does not answer counts as gone
 PEER_TIMEOUT_S = 30.0
+# messages of its own that an actor may leave unread
+MAX_UNREAD = 1000
 # how long a delivery waits for room before its actor is told to come again
 FULL_S = 2.0
 # metadata of every call: which actor makes it
@@ -249,11 +251,16 @@ class LearnerServer:
         return len(self.actors)
 
     def tell(self, actor: str, message: Message) -> None:
-        """Send a message to one actor, after what is published; it is lost with the actor's stream."""
+        """Send a message to one actor, after what is published; it is lost with the actor's stream.
+
+        An actor that leaves more than :data:`MAX_UNREAD` of them unread loses its stream.
+        """
         data, service = encode(message), self._service
         with service.condition:
             if actor in service.streams:
                 service.streams[actor].outbox.append(data)
+                if len(service.streams[actor].outbox) > MAX_UNREAD:
+                    del service.streams[actor]
                 service.condition.notify_all()
 
     def publish(self, message: Message) -> None:

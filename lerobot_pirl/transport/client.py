@@ -264,9 +264,10 @@ class LearnerClient:
                     raise ConnectionError(
                         f"the learner refused the {messages[0].kind}: {error.details()}"
                     ) from error
-                logger.warning(
-                    "the learner could not be sent what is there (%s); trying again", error.code().name
-                )
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    logger.warning(
+                        "the learner did not get what is there within %.0f s; trying again", deadline
+                    )
             except ValueError:
                 # the listener has just left this channel for a new one
                 logger.debug("the channel was closed", exc_info=True)

@@ -246,7 +246,7 @@ class Learner:
             except (launch.RunError, ConnectionError) as error:
                 ending, done = error, str(error)
             except Exception as error:
-                # the weights are those of the last update all the same
+                # between updates the weights are whole all the same
                 ending, done = error, reason
             finally:
                 # in an update they wait for something else, and end when this process does

@@ -40,6 +40,7 @@ class Inbox:
         share_timeout_s: seconds without one after which an actor's episodes are handed to others.
         check_interrupts: called twice a second while waiting; raises to end the wait.
         check_rollout: raises ValueError for a rollout that an update could not read.
+        group_size: episodes in a row that must share task and initial state.
     """
 
     server: LearnerServer
@@ -49,6 +50,7 @@ class Inbox:
     share_timeout_s: float
     check_interrupts: Callable[[], None]
     check_rollout: Callable[[Rollout], None] = lambda rollout: None
+    group_size: int = 1
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _rollouts: dict[int, Rollout] = field(default_factory=dict)
     _evaluation: Evaluation | None = None
@@ -252,7 +254,22 @@ class Inbox:
                     f"rollout: features have rows of shapes {shown(shapes)}, others {shown(self._shapes)}; start all actors "
                     "with the same config"
                 )
+        self._check_start(message.header["number"], rollout)
         return rollout
+
+    def _check_start(self, number: int, rollout: Rollout) -> None:
+        """Raise ValueError when an episode began elsewhere than what has come in of its group."""
+        first = number - number % self.group_size
+        for other in range(first, first + self.group_size):
+            if other not in self._rollouts:
+                continue
+            for name in ("task_id", "init_state_id"):
+                ours, theirs = (int(getattr(each, name)) for each in (self._rollouts[other], rollout))
+                if ours != theirs:
+                    raise ValueError(
+                        f"rollout: {name} of episode {number} is {theirs}, of episode {other}, which is in the same group, "
+                        f"{ours}; start all actors with the same config and the same version of the environments"
+                    )
 
 
 def _summed(parts: list[Rollout], actors: list[str]) -> dict[str, float]:

@@ -64,6 +64,7 @@ class Learner:
             wire.share_timeout_s,
             self._look_up,
             partial(admission.check, adapter=self.adapter),
+            cfg.algorithm.resolved_group_size,
         )
         # not before now: a learner that cannot start leaves no folder, and a run as it is
         self.lock = folders.lock(Path(cfg.output_dir))

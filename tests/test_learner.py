@@ -403,6 +403,19 @@ def test_a_rollout_whose_features_are_not_shaped_as_the_others_is_refused(learne
             learner.inbox._decode(Message("rollout", message.header, longer))
 
 
+@pytest.mark.parametrize("name", ["task_id", "init_state_id"])
+def test_an_episode_that_began_elsewhere_than_its_group_is_refused_before_the_update(learner, name):
+    learner.inbox.group_size = 2
+    message = broken(learner)
+    message.tensors["chain"] = message.tensors["chain"].nan_to_num()
+    learner.inbox._rollouts[0] = learner.inbox._decode(message)
+    moved = message.tensors | {name: message.tensors[name] + 1}
+    for number, tensors in ((1, message.tensors), (2, moved)):
+        learner.inbox._decode(Message("rollout", message.header | {"number": number}, tensors))
+    with pytest.raises(ValueError, match=f"rollout: {name} of episode 1 is 1, of episode 0, .*, 0; start"):
+        learner.inbox._decode(Message("rollout", message.header | {"number": 1}, moved))
+
+
 def test_an_error_of_any_kind_outside_an_update_leaves_a_checkpoint(learner, monkeypatch):
     def fail() -> None:
         raise RuntimeError("odd")

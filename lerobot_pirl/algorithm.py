@@ -65,8 +65,8 @@ class PiRLAlgorithm(RLAlgorithm):
             self.value_head = head.to(self.device)
         # looked up for every minibatch
         self._trainable = trainable_parameters(self.policy, self.noise_head)
-        weights = self.get_weights() if config.kl_coef else {}
-        self.start = {name: value.clone() for name, value in weights.items()}
+        compared = self._trainable if config.kl_coef else {}
+        self.start = {name: p.detach().clone() for name, p in compared.items()}
         self.schedule, self.steps = schedule, steps
         self.optimizer, self.scheduler = self.build_optimizer()
         self.seed, self.world = seed, world
@@ -115,8 +115,10 @@ class PiRLAlgorithm(RLAlgorithm):
         return {self.name: self.optimizer}
 
     def get_weights(self) -> dict[str, Any]:
-        """Return the trainable weights of policy and noise head, which is all an actor needs."""
-        return {name: p.detach() for name, p in self.trainable_parameters().items()}
+        """Return the trainable weights of policy and noise head, as precise as an actor reads them."""
+        names = getattr(self.adapter, "bfloat16_inputs", set)()
+        weights = {name: p.detach() for name, p in self.trainable_parameters().items()}
+        return {name: value.bfloat16() if name in names else value for name, value in weights.items()}
 
     def load_weights(self, weights: dict[str, Any], device: str | torch.device = "cpu") -> None:
         """Copy weights made by :meth:`get_weights` into the policy and its noise head."""

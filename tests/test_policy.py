@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lerobot_pirl import flow
-from lerobot_pirl.algorithm import load_weights
+from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import make_adapter
 from lerobot_pirl.policies import xvla_processors
 from lerobot_pirl.policies.base import chain_log_prob, sample_actions
 from lerobot_pirl.policies.xvla import GRIPPER, POSITION, ROTATION, XVLAAdapter
 from lerobot_pirl.policies.xvla_processors import PACKAGED_TOKENIZER, make_processors, resolve_tokenizer
+from lerobot_pirl.weights import load_weights
 from tests.toy import tiny_adapter, tiny_config, tiny_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -426,6 +427,42 @@ def test_bfloat16_policy_encodes_and_acts_on_an_observation():
     drawn = sample(adapter, features)
     assert torch.isfinite(adapter.environment_actions(drawn.actions)).all()
     torch.testing.assert_close(recompute(adapter, features, drawn), drawn.log_prob, atol=1e-2, rtol=0)
+
+
+def test_what_is_pushed_of_a_bfloat16_policy_acts_bit_for_bit_as_the_learners_own_weights():
+    ours, theirs = adapter_with({"dtype": "bfloat16"}), adapter_with({"dtype": "bfloat16"})
+    algorithm = PiRLAlgorithm(ours, tiny_config().algorithm, seed=1)
+    trainable = algorithm.trainable_parameters()
+    with torch.no_grad():
+        for parameter in trainable.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    pushed = algorithm.get_weights()
+    rounded = {name for name, value in pushed.items() if value.dtype == torch.bfloat16}
+    blocks = {name for name in trainable if ".mlp." in name or ".attn." in name}
+    assert len(blocks) > 4 and rounded == blocks | {
+        f"model.transformer.{name}"
+        for name in ("vlm_proj.weight", "vlm_proj.bias", "aux_visual_proj.weight", "aux_visual_proj.bias")
+    }
+    assert all(torch.equal(pushed[name], trainable[name]) for name in set(pushed) - rounded)
+    features, x_t, t = features_for(ours), torch.randn(ROWS, 8, 20), torch.linspace(0.2, 1, ROWS)
+    with torch.no_grad():
+        wanted = ours.predict_x0(features, x_t, t)
+        load_weights(theirs.policy, pushed)
+        assert torch.equal(theirs.predict_x0(features, x_t, t), wanted)
+        # of the others, none but the encoder's matrix could be rounded without a trace
+        for name in set(pushed) - rounded - {"model.transformer.action_encoder.fc.weight"}:
+            parameter = dict(theirs.policy.named_parameters())[name]
+            parameter.copy_(parameter.bfloat16())
+            assert not torch.equal(theirs.predict_x0(features, x_t, t), wanted), name
+            parameter.copy_(pushed[name])
+
+
+def test_what_is_pushed_of_a_float32_policy_is_as_it_is():
+    algorithm = PiRLAlgorithm(adapter_with({"dtype": "float32"}), tiny_config().algorithm, seed=1)
+    trainable = algorithm.trainable_parameters()
+    assert all(
+        value.data_ptr() == trainable[name].data_ptr() for name, value in algorithm.get_weights().items()
+    )
 
 
 # --- from the environment's observation to the network ----------------------------------------------------

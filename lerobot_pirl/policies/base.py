@@ -83,6 +83,12 @@ class PolicyAdapter(Protocol):
     def no_decay(self) -> set[str]:
         """Return the names of trainable parameters that weight decay must not touch."""
 
+    def bfloat16_inputs(self) -> set[str]:
+        """Return the names of float32 parameters that acting reads rounded to bfloat16; an adapter may lack this.
+
+        They are pushed to the actors in bfloat16.
+        """
+
 
 @dataclass(frozen=True)
 class ActionSample:

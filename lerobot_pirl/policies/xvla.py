@@ -298,6 +298,14 @@ class XVLAAdapter:
         names = [name for name, _ in self.policy.named_parameters()]
         return set(domain_tables(names, self.policy.config.use_hetero_proj))
 
+    def bfloat16_inputs(self) -> set[str]:
+        """Return the parameters of the transformer's linear layers, which autocast rounds in every forward pass."""
+        if self.dtype != torch.bfloat16:
+            return set()
+        layers = self.model.transformer.named_modules(prefix="model.transformer")
+        linear = [(name, module) for name, module in layers if isinstance(module, nn.Linear)]
+        return {f"{name}.{each}" for name, module in linear for each, _ in module.named_parameters()}
+
 
 def _auxiliary_views(features: dict[str, Tensor]) -> Tensor:
     """Return the tokens of all views but the first, those without a camera included."""

@@ -58,8 +58,7 @@ class Actor:
             ConnectionError: when no learner answers within ``algorithm.wire.connect_timeout_s``.
         """
         self.cfg = cfg
-        algorithm = cfg.algorithm
-        wire = algorithm.wire
+        algorithm, wire = cfg.algorithm, cfg.algorithm.wire
         self.adapter = make_adapter(cfg)
         self.metadata = describe_run(cfg, self.adapter, run_id="")
         # learner process and version of the present weights
@@ -243,7 +242,8 @@ class Actor:
         for share in self.client.pop_shares():
             self._receive(share)
         self.bar.total += len(self.waiting) - known
-        if not self.waiting or self.client.news or self._noise_scale() != scale:
+        # the learner waits for an evaluation before it goes on
+        if not self.waiting or self.evaluations or self.client.news or self._noise_scale() != scale:
             return None
         first = self._next_iteration()
         candidates = [spec for spec in self.waiting if self._iteration(spec.number) == first]
@@ -279,10 +279,11 @@ class Actor:
             else:
                 self.apply(message)
             with contextlib.suppress(_Useless):
-                while self.evaluations:
-                    self.evaluate(self.evaluations.pop(0))
-                while self.waiting and not self.client.news:
-                    self.collect()
+                while self.evaluations or (self.waiting and not self.client.news):
+                    if self.evaluations:
+                        self.evaluate(self.evaluations.pop(0))
+                    else:
+                        self.collect()
 
     def close(self) -> None:
         """Close environments and connection."""

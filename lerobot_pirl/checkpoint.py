@@ -139,8 +139,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def lead_last_to(cfg: Any, step: int) -> None:
-    """Let ``last`` lead to the checkpoint that a run goes on from, before its log forgets what came after it."""
+def lead_last_to(cfg: Any, step: int, progress: Progress) -> None:
+    """Let ``last`` lead to the checkpoint that a run goes on from, before its log forgets what came after it.
+
+    A best policy that was pruned since, because one that is done again had been better, is forgotten.
+    """
     folder = cfg.checkpoint_path
     named = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, step)
     if folder.parent.resolve() != named.parent.resolve():
@@ -152,6 +155,11 @@ def lead_last_to(cfg: Any, step: int) -> None:
         folder = named
     if folders.link_target(folder.parent, folders.LAST) != folder.name:
         folders.point(folders.LAST, folder)
+    link = folder.parent / folders.BEST
+    best = get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, progress.best_version)
+    if link.is_symlink() and not best.exists():
+        progress.best_version, progress.best_success_rate = -1, 0.0
+        link.unlink()
 
 
 def verify(checkpoint_dir: Path, part: str = "") -> None:

@@ -170,12 +170,13 @@ class Collector:
                 mask[i] = True
         if not mask.any():
             return observation
-        # the first reset covers every slot, also one for which there is no episode
+        # the first reset covers every slot, also one for which there is no episode, and which stands still
         episodes = [slot or slots[0] for slot in slots]
         options = None if observation is None else {"reset_mask": mask}
         with self._timed("env_s"):
             self.envs.set_attr("task_id", [episode.spec.task_id for episode in episodes])
             self.envs.set_attr("init_state_id", [episode.spec.init_state_id for episode in episodes])
+            self.envs.set_attr("idle", [slot is None for slot in slots])
             observation, infos = self.envs.reset(seed=[episode.seed for episode in episodes], options=options)
         for i in np.flatnonzero(mask):
             self.tasks[i] = infos["task"][i]

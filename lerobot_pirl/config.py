@@ -128,6 +128,11 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             raise rules.refusal("env.type", self.env.type, "one of " + ", ".join(map(repr, SUPPORTED_TYPES)))
         if not self.env.task:
             raise rules.refusal("env.task", self.env.task, "the name of a task or suite")
+        if self.algorithm.advantage == "grpo" and not getattr(self.env, "init_states", True):
+            raise ValueError(
+                "env.init_states=False lets every episode of a group begin elsewhere, which algorithm.advantage='grpo' "
+                "cannot compare; set env.init_states to true or algorithm.advantage to 'gae'"
+            )
         self._check_policy()
         self._name_outputs(check_output_dir)
 
@@ -223,6 +228,20 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
             raise FileExistsError(
                 f"output_dir={self.output_dir} exists already; choose another one, or resume its run with "
                 f"--resume=true --config_path={self.output_dir}/checkpoints/last/pretrained_model/train_config.json"
+            )
+        elif check_output_dir and self.resume:
+            self._check_other_run()
+
+    def _check_other_run(self) -> None:
+        """Refuse to resume into a folder where another run lies."""
+        folder, run = Path(self.output_dir), self.checkpoint_path.parent.parent
+        if folder.resolve() != run.resolve() and any(
+            (folder / name).exists() for name in (folders.METRICS_FILE, CHECKPOINTS_DIR)
+        ):
+            raise FileExistsError(
+                f"output_dir={folder} holds another run than {run}, with which it would mix; choose another one, or go on "
+                f"with that run with --config_path={folder}/checkpoints/last/pretrained_model/train_config.json and without "
+                "--output_dir"
             )
 
 

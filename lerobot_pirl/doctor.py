@@ -288,6 +288,10 @@ def check_port(cfg: Any) -> Checks:
         try:
             listener.bind(address)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                detail = f"{wire.host} is no address of this machine; right for an actor, but no learner can listen there"
+                yield Check(name, WARN, detail)
+                return
             taken = error.errno == errno.EADDRINUSE
             reason = "taken, a learner may be running there" if taken else f"not usable ({error.strerror})"
             remedy = "stop it or set another algorithm.wire.port for both processes"

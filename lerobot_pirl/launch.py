@@ -75,8 +75,8 @@ def main(role: str) -> int:
         role: ``learner`` or ``actor``.
     """
     _init_logging(role)
-    # Ctrl-C and a service manager's SIGTERM end a run in the same orderly way
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # Ctrl-C and a service manager's SIGTERM end a run in the same orderly way, also where a script's `&` ignores the former
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         rank, _ = parallel.launched() if role == "learner" else (0, 1)
         if rank:
@@ -140,6 +140,8 @@ class Interrupts:
 def exit_process(status: int) -> None:
     """Leave at once with ``status``; interpreter teardown may wait for foreign threads or GL contexts."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # whoever read it may be gone
+        with contextlib.suppress(Exception):
+            stream.flush()
     os._exit(status)

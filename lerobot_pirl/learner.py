@@ -69,7 +69,7 @@ class Learner:
         # not before now: a learner that cannot start leaves no folder, and a run as it is
         self.lock = folders.lock(Path(cfg.output_dir))
         if cfg.resume:
-            checkpoint.lead_last_to(cfg, self.version)
+            checkpoint.lead_last_to(cfg, self.version, self.progress)
         self.metrics = MetricsLog(cfg, self.version, self.progress.evaluated_version)
         self.ledger_file = LedgerFile(Path(cfg.output_dir), self.ledger, self.version)
         self.watch = health.Watch()
@@ -138,7 +138,6 @@ class Learner:
         self.publish_s = time.perf_counter() - started
         num_evaluations = self.cfg.eval.n_episodes if self._evaluation_is_due else 0
         self.inbox.open(self.version, self.cfg.steps, num_evaluations)
-        logger.debug("policy version %d published", self.version)
 
     def _look_up(self) -> None:
         """Be heard by the other processes while this one waits, and hear whether it is interrupted."""
@@ -305,6 +304,7 @@ def run(cfg: Any) -> int:
     """Validate the config and train; returns the exit status."""
     with launch.user_errors():
         cfg.validate()
+        MetricsLog.check(cfg)
         world = join_world(cfg.policy.device)
         process = Follower(cfg, world) if world.rank else Learner(cfg, world)
     process.run()

@@ -5,15 +5,20 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lerobot_pirl.folders import METRICS_FILE
 from lerobot_pirl.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+_WANDB_MISSING = (
+    "wandb.enable=True needs a wandb that this LeRobot knows; install it with pip install 'lerobot[training]', or leave "
+    "wandb.enable out ({})"
+)
 SUCCESS, EVALUATED = "rollout/success_rate", "eval/success_rate"
 
 
@@ -69,6 +74,20 @@ class MetricsLog:
             fresh.replace(self.path)
         self.board = self._open_board(board, iterations_done) if board else None
 
+    @staticmethod
+    def check(cfg: Any) -> None:
+        """Raise ValueError for what would keep the log from being opened, before anything is written."""
+        path = Path(cfg.output_dir) / METRICS_FILE
+        if path.exists():
+            read_records(path, path.read_bytes().split(b"\n")[:-1])
+        if cfg.tensorboard:
+            _board_class()
+        if cfg.wandb.enable and cfg.wandb.project:
+            try:
+                import wandb  # noqa: F401
+            except ImportError as error:
+                raise ValueError(_WANDB_MISSING.format(error)) from error
+
     def _open_board(self, board_class: Any, iterations_done: int) -> Any:
         """Go on in the run's TensorBoard folder from a step on, or put all that is known in a new one."""
         folder = self.path.parent / TENSORBOARD_DIR
@@ -88,13 +107,13 @@ class MetricsLog:
         try:
             return WandBLogger(cfg)
         except (ImportError, AttributeError) as error:
-            raise ValueError(
-                "wandb.enable=True needs a wandb that this LeRobot knows; install it with "
-                f"pip install 'lerobot[training]', or leave wandb.enable out ({error})"
-            ) from error
-        except RuntimeError as error:
-            if not cfg.resume or cfg.wandb.run_id:
-                raise
+            raise ValueError(_WANDB_MISSING.format(error)) from error
+        except Exception as error:
+            if not isinstance(error, RuntimeError) or not cfg.resume or cfg.wandb.run_id:
+                raise ValueError(
+                    f"wandb.enable=True, but wandb does not start ({type(error).__name__}: {error}); log in with "
+                    "`wandb login`, set WANDB_MODE=offline, or leave wandb.enable out"
+                ) from error
             raise ValueError(
                 f"wandb.enable=True cannot go on with this run's wandb run ({error}); name one that exists with "
                 "--wandb.run_id=..., or leave wandb off with --wandb.enable=false"
@@ -137,7 +156,9 @@ class MetricsLog:
         if self.board:
             self._draw(clean)
         if self.wandb:
-            self.wandb.log_dict({k: v for k, v in clean.items() if v is not None}, step=record["iteration"])
+            numbers = {k: v for k, v in clean.items() if v is not None}
+            # wandb's own step never goes back, as a run that is resumed from an earlier checkpoint does
+            self._tell_wandb(lambda: self.wandb.log_dict(numbers, custom_step_key="iteration"))
 
     def _draw(self, record: dict[str, Any]) -> None:
         try:
@@ -145,6 +166,15 @@ class MetricsLog:
         except OSError as error:
             logger.error("TensorBoard's numbers end here (%s); those in %s go on", error, self.path)
             self.board = None
+
+    def _tell_wandb(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            logger.error(
+                "wandb ends here (%s: %s); the numbers in %s go on", type(error).__name__, error, self.path
+            )
+            self.wandb = None
 
     def flush(self) -> None:
         """Write what a full disk has refused so far; raises OSError, naming the file, when it still does."""
@@ -155,7 +185,7 @@ class MetricsLog:
     def log_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint's policy to wandb, unless ``wandb.disable_artifact``."""
         if self.wandb:
-            self.wandb.log_policy(folder)
+            self._tell_wandb(lambda: self.wandb.log_policy(folder))
 
     def close(self) -> None:
         """Write what is left, if it can be, and end the wandb run, if there is one."""
@@ -167,7 +197,7 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self.board.close()
         if self.wandb:
-            self.wandb._wandb.finish()
+            self._tell_wandb(self.wandb._wandb.finish)
 
 
 def append_lines(path: Path, data: bytes) -> None:

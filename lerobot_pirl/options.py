@@ -13,7 +13,8 @@ NAME = "pi-rl"
 COUNT = rules.integer(1, 1_000_000)
 _FRACTION = rules.number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 # below a micrometre, or its like, float32 no longer resolves the noise
-_NOISE = rules.between(1e-6, 10)
+LOWEST_NOISE = 1e-6
+_NOISE = rules.between(LOWEST_NOISE, 10)
 _DECAY = rules.number("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
@@ -235,6 +236,18 @@ class PiRLConfig(RLAlgorithmConfig):
                     "and a higher one"
                 )
 
+    def _check_annealed_noise(self) -> None:
+        """Refuse noise that shrinks to what float32 does not resolve."""
+        stds = [name for name in VARIANT_OPTIONS[self.variant] if "_std_" in name]
+        for name in stds if self.noise_anneal_to is not None else []:
+            given = getattr(self, name)
+            lowest = given if isinstance(given, float | int) else min(given)
+            if 0 < lowest * self.noise_anneal_to < LOWEST_NOISE:
+                raise ValueError(
+                    f"algorithm.noise_anneal_to={self.noise_anneal_to} shrinks algorithm.{name}={rules.shown(given)} below "
+                    f"{LOWEST_NOISE:g}, which float32 does not resolve; raise one of them"
+                )
+
     def _check_advantage(self) -> None:
         """Refuse what does nothing with the chosen kind of advantages, and groups that do not fit."""
         self._refuse_idle(
@@ -281,6 +294,7 @@ class PiRLConfig(RLAlgorithmConfig):
                 f"algorithm.noise_anneal_iterations={self.noise_anneal_iterations} and algorithm.noise_anneal_to="
                 f"{self.noise_anneal_to} do nothing without each other; give both or none"
             )
+        self._check_annealed_noise()
         if self.micro_batch_size > self.minibatch_size:
             raise ValueError(
                 f"algorithm.micro_batch_size={self.micro_batch_size} exceeds algorithm.minibatch_size="

@@ -136,7 +136,13 @@ def read_policy_config(path: str) -> PreTrainedConfig:
         ValueError: one sentence, when there is no such policy or an override does not fit it.
     """
     if not Path(path).is_dir() and not _may_be_on_hub(path):
-        raise ValueError(f"policy.path={path} is no folder here and no name of a policy on the Hub")
+        # what lies in a folder that is here is a folder that is missing, not a name on the Hub
+        beside = (
+            f"; the folder {Path(path).parent} is here, so the Hub is not asked"
+            if Path(path).parent.exists()
+            else ""
+        )
+        raise ValueError(f"policy.path={path} is no folder here and no name of a policy on the Hub{beside}")
     if Path(path).is_dir() and not (Path(path) / CONFIG_NAME).is_file():
         raise ValueError(f"policy.path={path} holds no {CONFIG_NAME}; name a pretrained_model folder")
     overrides = _file_overrides() + (parser.get_cli_overrides("policy") or [])
@@ -162,7 +168,25 @@ def _file_overrides() -> list[str]:
     if not isinstance(options, dict) or parser.PATH_KEY not in options:
         return arguments
     dropped = {key: value for key, value in options.items() if value is None or isinstance(value, list)}
+    for key, value in options.items():
+        if inner := _dropped_inside(value):
+            raise ValueError(
+                f"policy.{key} of the config file holds {inner}, which LeRobot drops beside policy.path; change it in the "
+                "policy's own config.json"
+            )
     return arguments + [f"--{key}={json.dumps(value)}" for key, value in dropped.items()]
+
+
+def _dropped_inside(value: Any) -> str | None:
+    """Return what LeRobot leaves out of an option that is an object: keys named ``type``, lists, null."""
+    if not isinstance(value, dict):
+        return None
+    for name, inner in value.items():
+        if name == "type" or inner is None or isinstance(inner, list):
+            return f"{name!r}: {json.dumps(inner)}"
+        if found := _dropped_inside(inner):
+            return found
+    return None
 
 
 def check_types(cls: type, raw: Mapping[str, Any], allowed: Mapping[str, str], prefix: str = "") -> None:

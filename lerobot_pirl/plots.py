@@ -190,7 +190,7 @@ def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
             each.text(0.5, 0.5, "not in this log", ha="center", transform=each.transAxes)
         if each.get_legend_handles_labels()[0]:
             each.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
     pyplot.close(figure)
 
 

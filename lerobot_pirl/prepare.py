@@ -71,10 +71,16 @@ def prepare(source: Path, target: Path) -> list[str]:
             "selects"
         )
     with _whole(target) as folder:
-        shutil.copytree(source, folder)
+        # without the modes of the files: a store may be read-only
+        shutil.copytree(source, folder, copy_function=shutil.copyfile)
+        for each in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            each.chmod(0o755)
         (folder / PIPELINE).write_text(json.dumps(pipeline, indent=2) + "\n")
         if tables:
-            save_file(weights, folder / WEIGHTS, metadata=header)
+            try:
+                save_file(weights, folder / WEIGHTS, metadata=header)
+            except SafetensorError as error:
+                raise OSError(f"{folder / WEIGHTS} cannot be written ({error})") from error
     return done
 
 

@@ -415,6 +415,34 @@ def test_actors_collect_during_an_update_and_the_ratio_is_that_to_the_version_th
     assert [{acted for _, acted in found[k].values()} for k in (1, 2, 3)] == [{0}, {0}, {1}]
 
 
+def test_an_evaluation_that_is_handed_over_during_a_collection_is_made(tmp_path):
+    """With staleness, an actor collects for the next iteration when it is asked to evaluate the present version."""
+    cfg = run_config(tmp_path / "run", max_staleness=1)
+    cfg.steps, cfg.env_eval_freq, cfg.eval.n_episodes, cfg.allow_zero_baseline = 4, 1, 2, True
+    cfg.algorithm.wire.rollout_timeout_s = 30.0
+    with learning(cfg) as learner:
+        hand = Hand(learner)
+        handed, receive = [], hand.actor._receive
+        start = hand.actor.collector.explore
+
+        def explore(*args) -> None:
+            hand.actor._receive = lambda share: (handed.append("evaluate" in share.header), receive(share))
+            start(*args)
+            hand.actor._receive = receive
+
+        hand.actor.collector.explore = explore
+        train(learner, [hand])
+    assert [record["iteration"] for record in records(cfg.output_dir) if "eval/success_rate" in record] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    # or this test shows nothing
+    assert any(handed)
+
+
 def test_the_time_after_which_a_silent_peer_is_gone_reaches_both_ends(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(

@@ -798,7 +798,23 @@ def test_a_checkpoint_of_a_resumed_run_does_not_resume_by_itself(saved, tmp_path
 def going_on_from(run: Run, folder: Path) -> None:
     cfg = dataclasses.replace(run.cfg)
     cfg.checkpoint_path = folder.resolve()
-    checkpoint.lead_last_to(cfg, 2)
+    checkpoint.lead_last_to(cfg, 2, checkpoint.Progress())
+
+
+def test_a_best_policy_that_was_pruned_for_one_that_is_done_again_is_forgotten(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.cfg, "output_dir", tmp_path)
+    older, _ = run.save(step=2), run.save(step=4)
+    best = tmp_path / "checkpoints" / "best"
+    best.unlink(missing_ok=True)
+    best.symlink_to("000004")
+    cfg = dataclasses.replace(run.cfg)
+    cfg.checkpoint_path = older.resolve()
+    kept = checkpoint.Progress(best_version=2, best_success_rate=0.5)
+    checkpoint.lead_last_to(cfg, 2, kept)
+    assert (kept.best_version, best.is_symlink()) == (2, True)
+    pruned = checkpoint.Progress(best_version=1, best_success_rate=0.6)
+    checkpoint.lead_last_to(cfg, 2, pruned)
+    assert (pruned.best_version, pruned.best_success_rate, best.is_symlink()) == (-1, 0.0, False)
 
 
 def test_last_leads_to_the_checkpoint_that_a_run_goes_on_from(run, tmp_path, monkeypatch):

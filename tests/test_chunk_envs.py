@@ -129,6 +129,28 @@ def test_finished_slot_stays_as_it_is(succeed_at, limit):
     assert len(env.env.actions) == 3
 
 
+def test_a_slot_that_is_reset_idle_executes_nothing_until_its_next_reset():
+    env = slot()
+    env.idle = True
+    env.reset()
+    for _ in range(2):
+        _, reward, info = step(env)
+        assert (reward, info["n_steps"], info["truncated"]) == (0.0, 0, False)
+    assert env.env.actions == []
+    env.idle = False
+    env.reset()
+    step(env)
+    assert len(env.env.actions) == CHUNK
+
+
+def test_an_environment_without_steps_is_refused():
+    class Endless(CountingEnv):
+        _max_episode_steps = 0
+
+    with pytest.raises(ValueError, match="env.episode_length gives an episode 0 steps; raise it"):
+        ChunkEnv(Endless, CHUNK)
+
+
 # --- the step limit -------------------------------------------------------------------------------------------
 
 

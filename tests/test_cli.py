@@ -416,6 +416,13 @@ def test_a_port_that_a_connection_has_just_left_is_free():
     assert one(doctor.check_port(port_config(port=port))).status == OK
 
 
+def test_another_machines_address_is_right_for_an_actor():
+    # 192.0.2.0/24 belongs to nobody
+    found = one(doctor.check_port(port_config(host="192.0.2.1", token_file=__file__)))
+    assert found.status == WARN
+    assert "192.0.2.1 is no address of this machine; right for an actor" in found.detail
+
+
 def test_the_default_port_is_looked_at_without_a_config():
     assert one(doctor.check_port(None)).name == "port 50051"
 

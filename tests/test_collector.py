@@ -292,6 +292,13 @@ def test_same_seed_and_version_give_bit_identical_rollouts_and_others_do_not():
         assert not torch.equal(other.chain[0], reference.chain[0])
 
 
+def test_environments_without_an_episode_stand_still():
+    log: list[list] = []
+    Collector(logged_envs(4, log), GoalAdapter(), 0.5, 7).collect(specs(1, 2), 0)
+    steps = [[len(episode.eefs) - 1 for episode in slot] for slot in log]
+    assert steps == [[LIMIT], [LIMIT], [0], [0]]
+
+
 def test_a_collector_has_no_memory():
     """An actor that joins later collects what one that was there from the start would."""
     collector = Collector(logged_envs(2, [], ("reach", "pickup")), GoalAdapter(), 0.5, 7)

@@ -203,6 +203,31 @@ def test_a_policy_path_in_the_file_takes_the_options_beside_it(parse, write, sav
     assert tuple(cfg.policy.resize_imgs_with_padding) == (32, 32)
 
 
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        ({"input_features": {"observation.state": {"type": "STATE", "shape": [8]}}}, "'type': \"STATE\""),
+        ({"florence_config": {"text_config": {"bad": [1]}}}, "'bad': [1]"),
+    ],
+)
+def test_an_option_beside_a_policy_path_that_lerobot_would_drop_is_refused(
+    parse, write, saved_policy, options, held
+):
+    policy = {"path": str(saved_policy), "push_to_hub": False} | options
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        parse(f"--config_path={write('run.json', base(policy=policy))}").validate()
+    assert f"policy.{next(iter(options))} of the config file holds {held}, which LeRobot drops" in str(
+        caught.value
+    )
+
+
+def test_a_name_whose_organisation_is_a_folder_here_says_so(at_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lerobot").mkdir()
+    message = refusal(lambda: at_path("lerobot/xvla").validate())
+    assert message.endswith("; the folder lerobot is here, so the Hub is not asked")
+
+
 def test_a_policy_path_on_the_command_line_takes_the_options_beside_it(parse, saved_policy):
     cfg = parse(
         f"--config_path={TABLETOP}",
@@ -341,7 +366,7 @@ VALUES = {
     "noise_head_hidden_dims": ((32,), [(1,), (16384,) * 16], NOT_WIDTHS),
     "entropy_coef": (0.01, [0, 1e9], NOT_A_COEFFICIENT),
     "noise_anneal_iterations": (20, [1, 10**6], NOT_AN_INTEGER),
-    "noise_anneal_to": (0.7, [1e-9, 1], [*but_null(NOT_A_FRACTION), 0]),
+    "noise_anneal_to": (0.7, [1e-3, 1], [*but_null(NOT_A_FRACTION), 0]),
     "gripper": ("bernoulli_last", ["exclude"], [*NOT_A_NAME, "gaussian_last"]),
     "gripper_temperature": (0.7, [0.01, 100, None], [*but_null(NOT_POSITIVE), 0.001, 101]),
     "episodes_per_iteration": (80, [1, 10**6], [*NOT_AN_INTEGER, 0]),
@@ -561,6 +586,14 @@ def test_whatever_a_file_holds_either_passes_or_is_refused_by_name(name, value):
         (
             {"noise_anneal_to": 0.5},
             "algorithm.noise_anneal_iterations=0 and algorithm.noise_anneal_to=0.5 do nothing without each other",
+        ),
+        (
+            {"noise_anneal_iterations": 4, "noise_anneal_to": 1e-4},
+            "algorithm.noise_anneal_to=0.0001 shrinks algorithm.last_step_std_position=0.005 below 1e-06",
+        ),
+        (
+            {"variant": "flow_noise", "noise_anneal_iterations": 4, "noise_anneal_to": 1e-4},
+            "algorithm.noise_anneal_to=0.0001 shrinks algorithm.noise_std_position=(0.002, 0.008) below 1e-06",
         ),
         (
             {"micro_batch_size": 64, "minibatch_size": 32},
@@ -843,6 +876,37 @@ def test_an_output_folder_on_the_command_line_wins_over_the_checkpoints(resume, 
     # the parser has set what the command line says; here it is the config's own
     cfg = resume(checkpoint, f"--output_dir={base()['output_dir']}")
     assert str(cfg.output_dir) == base()["output_dir"] != str(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["metrics.jsonl", "checkpoints"])
+def test_a_resume_into_the_folder_of_another_run_is_refused_to_the_learner_alone(
+    resume, checkpoint, tmp_path_factory, content
+):
+    other = tmp_path_factory.mktemp("other")
+    cfg = resume(checkpoint, f"--output_dir={other}")
+    # the parser has set what the command line says
+    cfg.output_dir = other
+    cfg._name_outputs(check_output_dir=True)
+    (other / content).touch()
+    cfg._name_outputs(check_output_dir=False)
+    message = refusal(cfg._name_outputs, True, error=FileExistsError)
+    assert message.startswith(
+        f"output_dir={other} holds another run than {checkpoint.parent.parent.parent}, with which"
+    )
+    assert f"--config_path={other}/checkpoints/last/pretrained_model/train_config.json" in message
+    # its own folder by another name
+    (other / "link").symlink_to(checkpoint.parent.parent.parent)
+    cfg.output_dir = other / "link"
+    cfg._name_outputs(check_output_dir=True)
+
+
+def test_groups_of_episodes_that_begin_anywhere_are_refused(tmp_path):
+    raw = base(algorithm={"advantage": "grpo"}, output_dir=str(tmp_path / "run"))
+    decode(raw).validate()
+    raw["env"] = raw["env"] | {"init_states": False}
+    assert refusal(decode(raw).validate).startswith(
+        "env.init_states=False lets every episode of a group begin elsewhere"
+    )
 
 
 def test_a_checkpoint_of_stock_lerobot_is_refused_as_a_resume_with_the_way_to_use_it(resume, checkpoint):

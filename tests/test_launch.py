@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import subprocess
 import sys
 import types
 
@@ -99,6 +100,22 @@ def test_a_command_line_without_a_recipe_says_how_to_select_one(monkeypatch, sta
     assert 'no recipe is selected; add "recipe": "pi-rl" to the config file' in caplog.text
 
 
-def test_a_service_managers_stop_is_a_ctrl_c(start):
-    start(lambda cfg: 0)
-    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    "interrupt", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "script"]
+)
+def test_a_service_managers_stop_is_a_ctrl_c(start, monkeypatch, interrupt):
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        start(lambda cfg: 0)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_exit_status_survives_whoever_read_the_output():
+    script = (
+        "import sys\nfrom lerobot_pirl.launch import exit_process\n"
+        "sys.stderr = None\nsys.stdout.write('x')\nsys.stdout.close()\nexit_process(130)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 130

@@ -295,7 +295,9 @@ def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
         def __init__(self, cfg):
             self._wandb = SimpleNamespace(finish=lambda: seen.append("finished"))
             self.log_policy = seen.append
-            self.log_dict = lambda numbers, step: seen.append((numbers["iteration"], len(numbers), step))
+            self.log_dict = lambda numbers, custom_step_key: seen.append(
+                (numbers[custom_step_key], len(numbers), custom_step_key)
+            )
 
     monkeypatch.setattr("lerobot.common.wandb_utils.WandBLogger", FakeLogger)
     wandb = SimpleNamespace(enable=True, project="piRL")
@@ -303,7 +305,64 @@ def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
     log.write(record(1) | {"train/explained_variance": float("nan")})
     log.log_checkpoint(tmp_path)
     log.close()
-    assert seen == [(1, len(record(1)) - 1, 1), tmp_path, "finished"]
+    assert seen == [(1, len(record(1)) - 1, "iteration"), tmp_path, "finished"]
+
+
+@pytest.mark.parametrize("call", ["log_dict", "log_policy"])
+def test_a_wandb_that_fails_costs_nothing_but_itself(tmp_path, monkeypatch, caplog, call):
+    class FailingLogger:
+        def __init__(self, cfg):
+            self._wandb = SimpleNamespace(finish=lambda: pytest.fail("it is not asked again"))
+
+        def fail(self, *args, **kwargs):
+            raise ConnectionResetError("Connection lost")
+
+        log_dict = log_policy = fail
+
+    monkeypatch.setattr("lerobot.common.wandb_utils.WandBLogger", FailingLogger)
+    wandb = SimpleNamespace(enable=True, project="piRL")
+    log = MetricsLog(SimpleNamespace(output_dir=tmp_path, wandb=wandb, tensorboard=False), 0)
+    if call == "log_policy":
+        log.log_checkpoint(tmp_path)
+    for number in (1, 2):
+        log.write(record(number))
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert caplog.text.count("wandb ends here (ConnectionResetError: Connection lost); the numbers in") == 1
+
+
+def test_a_wandb_that_does_not_start_is_refused_with_a_sentence(tmp_path, monkeypatch):
+    def refuse(cfg):
+        raise type("UsageError", (Exception,), {})("No API key configured")
+
+    monkeypatch.setattr("lerobot.common.wandb_utils.WandBLogger", refuse)
+    cfg = SimpleNamespace(
+        output_dir=tmp_path,
+        wandb=SimpleNamespace(enable=True, project="piRL"),
+        tensorboard=False,
+        resume=False,
+    )
+    with pytest.raises(ValueError, match="wandb does not start .UsageError: No API key configured.; log in"):
+        MetricsLog(cfg, 0)
+
+
+def test_what_would_refuse_a_log_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    off = SimpleNamespace(enable=False, project=None)
+    cfg = SimpleNamespace(output_dir=tmp_path / "run", wandb=off, tensorboard=False)
+    MetricsLog.check(cfg)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard"):
+        MetricsLog.check(SimpleNamespace(**vars(cfg) | {"tensorboard": True}))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb.enable=True needs a wandb"):
+        MetricsLog.check(
+            SimpleNamespace(**vars(cfg) | {"wandb": SimpleNamespace(enable=True, project="piRL")})
+        )
+    assert not cfg.output_dir.exists()
+    cfg.output_dir.mkdir()
+    (cfg.output_dir / "metrics.jsonl").write_text("nothing\n")
+    with pytest.raises(ValueError, match="line 1 of"):
+        MetricsLog.check(cfg)
 
 
 class FakeWandb:

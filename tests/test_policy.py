@@ -636,6 +636,17 @@ def test_the_tiny_config_is_valid():
     [
         ("policy", {"action_mode": "joint"}, r"policy.action_mode='joint' is not supported.*'ee6d'"),
         ("policy", {"use_peft": True}, r"policy.use_peft=True is not supported; merge"),
+        (
+            "policy",
+            {"use_proprio": False},
+            r"policy.use_proprio=False and policy.max_state_dim=.* set policy.use_pro",
+        ),
+        ("policy", {"max_state_dim": 19}, r"policy.max_state_dim=19 leave no room for the 20 numbers"),
+        (
+            "policy",
+            {"num_image_views": 65},
+            "policy.num_image_views=65 is not allowed; it must be at most 64",
+        ),
         ("policy", {"use_amp": True}, r"policy.use_amp=True is not supported; set policy.dtype"),
         ("env", {"obs_type": "pixels"}, r"env.obs_type=.pixels. lacks the robot state.*.pixels_agent_pos."),
         ("env", {"control_mode": "relative"}, r"env.control_mode='relative'.*to 'absolute'"),
@@ -782,6 +793,22 @@ def test_saved_processors_with_a_step_too_many_are_refused(saved, file, extra, m
     with pytest.raises(ValueError, match=match) as refusal:
         make_processors(cfg.policy, cfg.env)
     assert str(folder) in str(refusal.value)
+
+
+def test_a_saved_tokenizer_that_pads_to_the_longest_sentence_of_a_batch_is_refused(saved):
+    cfg, folder = saved
+
+    def pad(steps):
+        for entry in steps:
+            if entry["registry_name"] == "tokenizer_processor":
+                entry["config"]["padding"] = "longest"
+        return steps
+
+    edit_steps(folder / PRE, pad)
+    with pytest.raises(
+        ValueError, match="pads to 'longest', so that what runs beside an episode would change it"
+    ):
+        make_processors(cfg.policy, cfg.env)
 
 
 def test_saved_processors_that_leave_the_domain_to_the_environment_are_refused(saved):

@@ -9,6 +9,7 @@ from lerobot.envs.factory import make_env_pre_post_processors
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 from lerobot.utils.constants import OBS_STATE
+from safetensors import SafetensorError
 
 from lerobot_pirl.cli import main
 from lerobot_pirl.policies.xvla import domain_tables
@@ -47,6 +48,25 @@ def prepared(trained, tmp_path_factory):
     target = tmp_path_factory.mktemp("prepared") / "start"
     prepare(trained, target)
     return target
+
+
+def test_a_read_only_store_is_copied_and_what_is_written_is_not(trained, tmp_path):
+    store = shutil.copytree(trained, tmp_path / "store")
+    for path in (*store.rglob("*"), store):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    prepare(store, tmp_path / "start")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "start", *(tmp_path / "start").rglob("*")))
+    store.chmod(0o755)
+
+
+def test_weights_that_cannot_be_written_leave_nothing(trained, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("lerobot_pirl.prepare.save_file", fail)
+    with pytest.raises(OSError, match="model.safetensors cannot be written .*No space left"):
+        prepare(trained, tmp_path / "start")
+    assert list(tmp_path.iterdir()) == []
 
 
 def load(folder):

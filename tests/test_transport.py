@@ -15,7 +15,7 @@ import torch
 from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_pirl.transport import LearnerClient, LearnerServer
-from lerobot_pirl.transport.pieces import _Message, from_pieces, to_pieces
+from lerobot_pirl.transport.pieces import Memory, _Message, from_pieces, to_pieces
 from lerobot_pirl.transport.server import ACTOR_KEY, Publication, _Stream
 from lerobot_pirl.wire import Message, WireError, decode, encode, payload_start
 
@@ -532,12 +532,40 @@ def test_a_received_message_is_in_aligned_memory_which_only_its_reader_keeps():
         assert memory() is None
 
 
+def test_an_actors_memory_serves_the_next_message_once_nothing_reads_the_one_before():
+    memory = Memory(keep=True)
+
+    def receive(version: int) -> Message:
+        pieces = to_pieces([encode(weights(version, size=2**20))], services_pb2.Transition)
+        return decode(next(from_pieces(pieces, memory=memory)))
+
+    def block() -> int:
+        return memory._kept.ctypes.data
+
+    first = receive(9)
+    place, kept = block(), next(iter(first.tensors.values()))[:3]
+    del first
+    # what a single view of it still reads stays as it is
+    second = receive(10)
+    assert block() != place
+    assert kept.tolist() == [9, 9, 9]
+    place = block()
+    second.tensors.clear()
+    third = receive(11)
+    assert block() == place
+    assert next(iter(third.tensors.values()))[-1] == 11
+    # a small message in between does not take it
+    third.tensors.clear()
+    list(from_pieces(to_pieces([encode(rollout(0))], services_pb2.Transition), memory=memory))
+    assert receive(12).tensors and block() == place
+
+
 def test_who_announces_much_and_sends_little_holds_little(monkeypatch):
     resource = pytest.importorskip("resource")
     start = bytearray(encode(weights(0))[:200])
     struct.pack_into("<Q", start, 10, 2 * 2**30)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    messages = [_Message(2**40) for _ in range(8)]
+    messages = [_Message(2**40, Memory()) for _ in range(8)]
     for message in messages:
         message.add(bytes(start))
     assert all(message.content == start for message in messages)
@@ -548,7 +576,7 @@ def test_who_announces_much_and_sends_little_holds_little(monkeypatch):
 
     monkeypatch.setattr("numpy.empty", refuse)
     with pytest.raises(WireError, match="more than this machine has left"):
-        _Message(2**40).add(bytes(start))
+        _Message(2**40, Memory()).add(bytes(start))
 
 
 def test_a_message_in_one_piece_never_takes_a_former_rest_along():

@@ -33,6 +33,7 @@ class ChunkEnv(gym.Env):
     Attributes:
         task_id: the task of the next reset (settable, also through a vector environment's ``set_attr``).
         init_state_id: the initial state of the next reset (likewise); it stays as it is after a reset.
+        idle: whether the next reset leaves the slot finished (likewise).
         env: the environment of the task now running.
 
     Raises:
@@ -55,6 +56,7 @@ class ChunkEnv(gym.Env):
         self._max_episode_steps_given = max_episode_steps
         self.task_id = task_id
         self.init_state_id = 0
+        self.idle = False
         self.env = make_task_env(task_id)
         hard_limit = getattr(self.env, "hard_step_limit", None)
         if hard_limit is not None and (max_episode_steps or 0) > hard_limit:
@@ -62,6 +64,8 @@ class ChunkEnv(gym.Env):
                 f"max_episode_steps is {max_episode_steps} but the simulator ends an episode after {hard_limit} "
                 "steps: lower it"
             )
+        if self.max_episode_steps < 1:
+            raise ValueError(f"env.episode_length gives an episode {self.max_episode_steps} steps; raise it")
         self._built_task_id = task_id
         self.observation_space = self.env.observation_space
         self.action_space = gym.spaces.Box(-np.inf, np.inf, (n_action_steps, ACTION_DIM), np.float32)
@@ -97,7 +101,7 @@ class ChunkEnv(gym.Env):
         self._set_rendering(True)
         observation, _ = self.env.reset(seed=seed)
         self._episode_steps = 0
-        self._done = False
+        self._done = self.idle
         self._last_observation = observation
         return observation, {"is_success": False, "task": self.task_description}
 

@@ -116,6 +116,14 @@ def make_libero_task_env(env_cfg: LiberoEnvConfig, task_id: int) -> Any:
     env_class = fast_libero_class()
     name, number = selected_tasks(env_cfg)[task_id]
     kwargs = {key: value for key, value in env_cfg.gym_kwargs.items() if key != "task_ids"}
+    cameras = [each.strip() for each in env_cfg.camera_name.split(",")]
+    if env_cfg.camera_name_mapping is not None and (
+        unnamed := sorted(set(cameras) - set(env_cfg.camera_name_mapping))
+    ):
+        raise ValueError(
+            f"env.camera_name_mapping={env_cfg.camera_name_mapping} has no name for {', '.join(unnamed)} of env.camera_name="
+            f"{env_cfg.camera_name!r}; add it"
+        )
     return env_class(
         task_suite=_suite(name),
         task_id=number,

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # far beyond any X-VLA
 MAX_TOKENS, MAX_CAMERAS, MAX_PIXELS = 65536, 64, 4096
+EE6D_WIDTH = 20
 POSITION, ROTATION, GRIPPER = slice(0, 3), slice(3, 9), 9
 
 
@@ -57,9 +58,10 @@ def _check_sizes(policy: Any) -> None:
         "chunk_size": sequence,
         "tokenizer_max_length": sequence,
         "empty_cameras": MAX_CAMERAS,
+        "num_image_views": MAX_CAMERAS,
     }
     for name, limit in limits.items():
-        if getattr(policy, name) > limit:
+        if (getattr(policy, name) or 0) > limit:
             raise refusal(f"policy.{name}", getattr(policy, name), f"at most {limit}")
     if (
         policy.resize_imgs_with_padding is not None
@@ -93,6 +95,12 @@ class XVLAAdapter:
         if policy.action_mode != "ee6d":
             raise ValueError(
                 f"policy.action_mode={policy.action_mode!r} is not supported; X-VLA under piRL runs with 'ee6d'"
+            )
+        if not policy.use_proprio or policy.max_state_dim < EE6D_WIDTH:
+            raise ValueError(
+                f"policy.use_proprio={policy.use_proprio} and policy.max_state_dim={policy.max_state_dim} leave no room for "
+                f"the {EE6D_WIDTH} numbers of 'ee6d'; set policy.use_proprio to true and policy.max_state_dim to "
+                f"{EE6D_WIDTH} or more"
             )
         if policy.use_peft:
             raise ValueError(

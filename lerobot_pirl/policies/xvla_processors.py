@@ -115,6 +115,13 @@ def _check_steps(processors: Processors, source: Any) -> None:
                 "policy_preprocessor.json or policy_postprocessor.json beside the weights; for a policy that was trained "
                 "on a dataset, `lerobot-pirl prepare` does"
             )
+    (tokenizer,) = (step for step in before if isinstance(step, TokenizerProcessorStep))
+    if tokenizer.padding != "max_length":
+        raise ValueError(
+            f"the tokenizer of {source} pads to {tokenizer.padding!r}, so that what runs beside an episode would change it; "
+            "set policy.pad_language_to, or padding in the step tokenizer_processor of policy_preprocessor.json, to "
+            "'max_length'"
+        )
     domains = [step.domain_id for step in before if isinstance(step, XVLAAddDomainIdProcessorStep)]
     if not domains or domains[-1] != LIBERO_DOMAIN_ID:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from lerobot.transport import services_pb2, services_pb2_grpc
 
-from lerobot_pirl.transport.pieces import from_pieces, to_pieces
+from lerobot_pirl.transport.pieces import Memory, from_pieces, to_pieces
 from lerobot_pirl.transport.security import OPEN, Security, address
 from lerobot_pirl.transport.server import ACTOR_KEY, PEER_TIMEOUT_S, keepalive
 from lerobot_pirl.wire import MAX_BYTES, Message, decode, encode, encode_parts
@@ -78,6 +78,7 @@ class LearnerClient:
         self._end: Message | None = None
         self._error: Exception | None = None
         self._wish: Message | None = None
+        self._memory = Memory(keep=True)
         self._posted: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
 
     def connect(self) -> None:
@@ -142,7 +143,7 @@ class LearnerClient:
         """Keep the newest weights, all shares and the end message of a stream; return why it closed."""
         known = False
         try:
-            for data in from_pieces(stream, self.max_bytes):
+            for data in from_pieces(stream, self.max_bytes, self._memory):
                 self._keep(decode(data, self.max_bytes))
                 # what is waited for now may be as large again
                 del data

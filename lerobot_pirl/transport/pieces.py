@@ -1,5 +1,6 @@
 """A message in pieces: what LeRobot's service streams between BEGIN and END."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,6 +13,8 @@ from lerobot_pirl.wire import MAX_BYTES, Buffer, WireError, announced_bytes, pay
 PIECE_BYTES = 512 * 1024
 # where a received message's tensors begin: a cache line
 _ALIGNMENT = 64
+# sizes of memory; a header is now and then a few bytes longer than the one before
+_GRAIN = 2**20
 _BEGIN = services_pb2.TransferState.TRANSFER_BEGIN
 _MIDDLE = services_pb2.TransferState.TRANSFER_MIDDLE
 _END = services_pb2.TransferState.TRANSFER_END
@@ -51,19 +54,61 @@ def _places(sizes: list[int]) -> Iterator[list[tuple[int, slice]]]:
         yield places
 
 
-def from_pieces(pieces: Iterable, max_bytes: int = MAX_BYTES) -> Iterator[memoryview]:
-    """Yield whole messages, of which this keeps nothing; a BEGIN drops a half message before it.
+class Memory:
+    """Memory for messages as they come; with ``keep``, that of a large one serves the next when nothing reads it any more.
+
+    What comes fresh from the system takes several times as long to fill.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self._keep = keep
+        self._kept: np.ndarray | None = None
+
+    def reserve(self, size: int, payload: int) -> memoryview:
+        """Return memory for a message whose tensors begin at byte ``payload``, so that these are aligned.
+
+        The system gives the memory when it is written, not now: who announces much and sends little holds little.
+
+        Raises:
+            WireError: when the machine has no more.
+        """
+        room = -(-(size + _ALIGNMENT) // _GRAIN) * _GRAIN if self._keep else size + _ALIGNMENT
+        # every view and tensor in it refers to it; two are this object's and the call's
+        if self._kept is not None and len(self._kept) == room and sys.getrefcount(self._kept) == 2:
+            block = self._kept
+        else:
+            try:
+                block = np.empty(room, np.uint8)
+            except MemoryError as error:
+                raise WireError(
+                    f"the message announces {size} bytes, more than this machine has left"
+                ) from error
+        if self._keep and room > _GRAIN:
+            self._kept = block
+        start = -(block.ctypes.data + payload) % _ALIGNMENT
+        return memoryview(block)[start : start + size]
+
+
+def from_pieces(
+    pieces: Iterable, max_bytes: int = MAX_BYTES, memory: Memory | None = None
+) -> Iterator[memoryview]:
+    """Yield whole messages; a BEGIN drops a half message before it.
 
     What will be refused is refused by its first bytes, and never more is kept than these announce.
+
+    Args:
+        pieces: as :func:`to_pieces` makes them.
+        max_bytes: largest message accepted.
+        memory: where messages are put; without it, each has memory of its own, of which this keeps nothing.
 
     Raises:
         WireError: for a piece without a BEGIN, an empty one, an unknown state, or a message that is none, without an
             END, larger than it announced, larger than ``max_bytes`` or than this machine's memory.
     """
-    message: _Message | None = None
+    memory, message = memory or Memory(), None
     for piece in pieces:
         if piece.transfer_state == _BEGIN:
-            message = _Message(max_bytes)
+            message = _Message(max_bytes, memory)
         if message is None or piece.transfer_state not in (_BEGIN, _MIDDLE, _END):
             raise WireError("a piece of a message came without the message's beginning")
         # every look at this field is a copy
@@ -83,8 +128,8 @@ def from_pieces(pieces: Iterable, max_bytes: int = MAX_BYTES) -> Iterator[memory
 class _Message:
     """The bytes of a message so far."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, memory: Memory) -> None:
+        self._max_bytes, self._memory = max_bytes, memory
         self._start = bytearray()
         self._whole: memoryview | None = None
         self._size = 0
@@ -101,23 +146,10 @@ class _Message:
             announced = announced_bytes(self._start, self._max_bytes)
             if announced is None:
                 return
-            self._whole, data = _reserve(announced, payload_start(self._start)), self._start
+            self._whole, data = self._memory.reserve(announced, payload_start(self._start)), self._start
         if self._size + len(data) > len(self._whole):
             raise WireError(
                 f"the message has more bytes than the {len(self._whole)} that its header announces"
             )
         self._whole[self._size : self._size + len(data)] = data
         self._size += len(data)
-
-
-def _reserve(size: int, payload: int) -> memoryview:
-    """Return memory for a message whose tensors begin at byte ``payload``, so that these are aligned.
-
-    The system gives the memory when it is written, not now: who announces much and sends little holds little.
-    """
-    try:
-        memory = np.empty(size + _ALIGNMENT, np.uint8)
-    except MemoryError as error:
-        raise WireError(f"the message announces {size} bytes, more than this machine has left") from error
-    start = -(memory.ctypes.data + payload) % _ALIGNMENT
-    return memoryview(memory)[start : start + size]

@@ -17,7 +17,10 @@ from benchmarks.table import NAMES, table
 OPTIONS = {
     "rollout_libero": ["--rounds=5", "--stock_rounds=2"],
     "reset_libero": ["--rounds=5"],
-    "update": ["--rounds=2"],
+    "encode_sample": ["--seconds=3"],
+    "iteration": ["--rounds=3"],
+    "push": ["--rounds=4"],
+    "update": ["--rounds=3"],
 }
 LIBERO = ("rollout_libero", "reset_libero")
 

@@ -45,6 +45,8 @@ RESULT = Path(__file__).parent / "results" / "fuzz.json"
 MIB = 2**20
 # what the allocator may keep from a part's first tenth to its end
 ALLOWED_GROWTH_MIB = 64.0
+# how a call ends that a learner does not answer, or that it fails at
+HUNG = ("DEADLINE_EXCEEDED", "UNKNOWN", "INTERNAL", "UNAVAILABLE")
 
 
 @dataclass
@@ -223,6 +225,11 @@ def main() -> None:
                 print(f"{name}: {json.dumps(report[name])}", flush=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     grown = [name for name in every if report.get(name, {}).get("growth_mib", 0) > ALLOWED_GROWTH_MIB]
+    hung = [name for name in HUNG if report.get("streams", {}).get("outcomes", {}).get(name)]
+    if hung:
+        raise SystemExit(f"streams ended with {', '.join(hung)}")
+    if left := report.get("configs", {}).get("notes", {}).get("left behind"):
+        raise SystemExit(f"configs left behind {', '.join(left)}")
     if grown:
         raise SystemExit(f"memory grew by more than {ALLOWED_GROWTH_MIB} MiB in: {', '.join(grown)}")
 

@@ -6,9 +6,9 @@ Learner and actor are two processes on loopback. These ways take turns:
 - raw TCP: as many bytes from one process's memory into the other's, no more;
 - bare gRPC: as many bytes in a stream of pieces of our size, without messages, checks and a policy;
 - LeRobot's own service, queue and conversions with the parameters of the whole policy, where ours sends those that
-  train: the share of them is the real X-VLA's, at ``--scale`` of its size.
+  train, rounded to bfloat16 as the policy reads them: the share of them is the real X-VLA's, at ``--scale`` of its size.
 
-    python -m benchmarks.push [--megabytes 100 600] [--rounds 5] [--scale 0.1] [--write]
+    python -m benchmarks.push [--megabytes 100 600] [--rounds 5] [--scale 0.2] [--write]
 """
 
 import argparse
@@ -102,9 +102,10 @@ def bare_server(payload: np.ndarray) -> tuple[grpc.Server, int]:
 
 
 class Pair:
-    """This process as the learner, and its actor."""
+    """This process as the learner, and its actor; with ``rounded``, weights travel in bfloat16, as of a bfloat16 policy."""
 
-    def __init__(self, num_parameters: int) -> None:
+    def __init__(self, num_parameters: int, rounded: bool = False) -> None:
+        self.rounded = rounded
         self.server = LearnerServer("127.0.0.1", 0)
         self.weights = {
             name: p.detach() for name, p in trainable_parameters(make_policy(num_parameters)).items()
@@ -137,8 +138,13 @@ class Pair:
         for value in self.weights.values():
             value.add_(1)
         self.version += 1
-        message = Message("weights", {"policy_version": self.version, "session": "x"}, self.weights)
-        return self._measure("ours", lambda: self.server.publish(message))
+        header = {"policy_version": self.version, "session": "x"}
+
+        def publish() -> None:
+            weights = {k: v.bfloat16() if self.rounded else v for k, v in self.weights.items()}
+            self.server.publish(Message("weights", header, weights))
+
+        return self._measure("ours", publish)
 
     def tcp(self) -> float:
         """Send as many bytes."""
@@ -186,7 +192,7 @@ def against_lerobot(scale: float, rounds: int) -> Ratio:
     ratio = Ratio(
         f"push of X-VLA at {scale:g} of its size, what trains, to LeRobot's way", "s", LEROBOT, at_least=False
     )
-    pair = Pair(round(scale * TRAINABLE))
+    pair = Pair(round(scale * TRAINABLE), rounded=True)
     try:
         with push_lerobot.Pair(round(scale * PARAMETERS)) as stock:
             for number in range(rounds + 1):
@@ -204,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 600])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=0.1, help="of the real policy, for LeRobot's way")
+    parser.add_argument("--scale", type=float, default=0.2, help="of the real policy, for LeRobot's way")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/push.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from lerobot_pirl.metrics import METRICS_FILE, SUCCESS
 from lerobot_pirl.plots import moving_average
 from tests.comparison import checkpoint_differences, metrics_differences
 from tests.smoke import versions
-from tests.terminals import SMALL, Run, Terminal, end_well, running
+from tests.terminals import SMALL, Run, Terminal, end_well, kill_group, running
 from tests.test_ledger import read_ledger
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
@@ -42,7 +42,9 @@ SAMPLE_EVERY_S = 1.0
 # without an update
 PATIENCE_S = 600.0
 # what a thousand updates may add to what the processes of a role hold
-ALLOWED = {"resident_mib": 32.0, "descriptors": 4.0, "threads": 4.0, "shared_mib": 1.0}
+ALLOWED = {"resident_mib": 32.0, "descriptors": 4.0, "threads": 4.0, "shared_mib": 1.0, "processes": 0.5}
+# that the workers of a killed process may take to go
+LEAVE_S = 30.0
 # updates that a life must have after its first third, so that its growth says something
 MIN_SPAN = 30
 MIB_PER_KB = 1 / 1024
@@ -122,6 +124,7 @@ def holdings(group: int) -> dict[str, float]:
         if "VmRSS" in status:
             held["resident_mib"] += int(status["VmRSS"].split()[0]) * MIB_PER_KB
             held["shared_mib"] += int(status["RssShmem"].split()[0]) * MIB_PER_KB
+            held["processes"] += 1
             held["threads"] += int(status["Threads"])
             held["descriptors"] += descriptors
     return held
@@ -194,7 +197,7 @@ class Soak:
         kill = restarts[f"{role} SIGTERM"] > restarts[f"{role} SIGKILL"]
         restarts[f"{role} {'SIGKILL' if kill else 'SIGTERM'}"] += 1
         if kill:
-            terminal.kill()
+            self._kill(role, terminal)
         else:
             os.kill(terminal.process.pid, signal.SIGTERM)
             self._expect(role, terminal, 130)
@@ -204,6 +207,20 @@ class Soak:
             self.start("learner")
         if "actor" not in self.now:
             self.start("actor", WORKERS)
+
+    def _kill(self, role: str, terminal: Terminal) -> None:
+        """Kill the one process; its workers and what they share go by themselves."""
+        terminal.process.kill()
+        terminal.process.wait()
+        deadline = time.monotonic() + LEAVE_S
+        while left := int(holdings(terminal.process.pid)["processes"]):
+            if time.monotonic() > deadline:
+                self.report.problems.append(
+                    f"{left} processes of a killed {role} are left after {LEAVE_S:.0f} s"
+                )
+                kill_group(terminal.process)
+                return
+            time.sleep(0.1)
 
     def _expect(self, role: str, terminal: Terminal, wanted: int) -> None:
         if (status := terminal.status()) != wanted:

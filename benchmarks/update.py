@@ -17,7 +17,7 @@ from lerobot_pirl.algorithm import PiRLAlgorithm
 
 TARGET = 0.93
 # chunks of a rollout, and what is measured of them at least
-ROWS = {"tiny": 512, "mid": 64, "real": 32}
+ROWS = {"tiny": 512, "mid": 32, "real": 32}
 
 
 def bare_batches(algorithm: PiRLAlgorithm, rollout, size: int) -> list[dict[str, Tensor]]:

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import draccus
+import torch
 from lerobot.configs import parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.policies.factory import make_policy
@@ -30,6 +32,7 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
     """
     adapter_class = registry.policy_adapter(cfg.policy.type)
     adapter_class.validate(cfg)
+    _share_cores(cfg.algorithm)
     if cfg.policy.pretrained_path and Path(cfg.policy.pretrained_path).is_dir():
         _check_weights(Path(cfg.policy.pretrained_path))
     set_seed(cfg.seed)
@@ -52,6 +55,17 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
             "does not offer; set algorithm.variant to 'flow_sde'"
         )
     return adapter
+
+
+def _share_cores(algorithm: Any) -> None:
+    """Compute with half the cores where learner and actor work at once on one machine, unless the user has chosen."""
+    at_once = algorithm.max_staleness > 0 and rules.is_loopback(algorithm.wire.host)
+    if at_once and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+        logger.info(
+            "computing with %d threads: learner and actor work at once; OMP_NUM_THREADS decides otherwise",
+            torch.get_num_threads(),
+        )
 
 
 def make_algorithm(cfg: Any, world: World) -> PiRLAlgorithm:

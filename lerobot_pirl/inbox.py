@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lerobot_pirl import launch
+from lerobot_pirl import launch, memory
 from lerobot_pirl.evaluate import Evaluation
 from lerobot_pirl.ledger import EVALUATION, Ledger
 from lerobot_pirl.rollout import Rollout, concatenate
@@ -41,6 +41,7 @@ class Inbox:
         check_interrupts: called twice a second while waiting; raises to end the wait.
         check_rollout: raises ValueError for a rollout that an update could not read.
         group_size: episodes in a row that must share task and initial state.
+        max_rows: that an episode can have; 0 where nothing limits them here.
     """
 
     server: LearnerServer
@@ -51,12 +52,14 @@ class Inbox:
     check_interrupts: Callable[[], None]
     check_rollout: Callable[[Rollout], None] = lambda rollout: None
     group_size: int = 1
+    max_rows: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _rollouts: dict[int, Rollout] = field(default_factory=dict)
     _evaluation: Evaluation | None = None
     _num_evaluations: int = 0
     _useless: Counter = field(default_factory=Counter)
     _useful_at: float = 0.0
+    _planned: bool = False
     _failure: Exception | None = None
     # of the features of an episode that counted
     _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -227,6 +230,9 @@ class Inbox:
             self._evaluation = content
             self.ledger.accept(actor, EVALUATION, self.ledger.version)
         else:
+            if not self._planned:
+                self._plan_memory(content)
+                self._planned = True
             self._rollouts[number] = content
             self.ledger.accept(actor, number, content.policy_version)
 
@@ -256,6 +262,16 @@ class Inbox:
                 )
         self._check_start(message.header["number"], rollout)
         return rollout
+
+    def _plan_memory(self, rollout: Rollout) -> None:
+        """Say what the episodes will take at most; raises RunError when this machine has not got it."""
+        rows = max(len(rollout), self.max_rows)
+        size, ledger = rollout.nbytes // max(1, len(rollout)) * rows, self.ledger
+        try:
+            text = memory.plan(size, ledger.per_iteration, ledger.max_staleness + 1, memory.available_bytes())
+        except ValueError as error:
+            raise launch.RunError(str(error)) from error
+        logger.info("%s", text)
 
     def _check_start(self, number: int, rollout: Rollout) -> None:
         """Raise ValueError when an episode began elsewhere than what has come in of its group."""

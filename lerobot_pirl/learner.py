@@ -65,6 +65,7 @@ class Learner:
             self._look_up,
             partial(admission.check, adapter=self.adapter),
             cfg.algorithm.resolved_group_size,
+            -(-(cfg.algorithm.max_episode_steps or 0) // cfg.algorithm.n_action_steps),
         )
         # not before now: a learner that cannot start leaves no folder, and a run as it is
         self.lock = folders.lock(Path(cfg.output_dir))
@@ -128,11 +129,8 @@ class Learner:
 
     def publish(self) -> None:
         """Offer the present weights to all actors, and hand out what they shall do with them."""
-        header = {
-            "policy_version": self.version,
-            "session": self.session,
-            "metadata": self.metadata.to_dict(),
-        }
+        header = {"policy_version": self.version, "session": self.session}
+        header["metadata"] = self.metadata.to_dict()
         started = time.perf_counter()
         self.server.publish(Message("weights", header, self.algorithm.get_weights()))
         self.publish_s = time.perf_counter() - started

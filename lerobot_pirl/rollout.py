@@ -76,6 +76,11 @@ class Rollout:
         return len(self.rewards)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for value in self.to_tensors()[1].values())
+
+    @property
     def ended(self) -> Tensor:
         """Whether a row is its episode's last, bool ``[N]``."""
         ended = torch.zeros(len(self), dtype=torch.bool)

@@ -1,5 +1,6 @@
 """Learner and actor as real processes, started with LeRobot's own commands and one config."""
 
+import contextlib
 import json
 import os
 import re
@@ -115,8 +116,14 @@ def running(run: Run) -> Iterator[Run]:
 def kill(process: subprocess.Popen) -> None:
     """End a process and its workers at once, as a crash of the machine does."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process)
         process.wait()
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End what is left of a process and its workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class Terminal:

@@ -45,8 +45,8 @@ ORDER: list[set[str]] = [
     # formulas
     {"noise"},
     {"ppo", "flow", "mlp"},
-    # what a value may be, and how a sentence shows one
-    {"rules"},
+    # what a value may be, and how a sentence shows one; what a machine has
+    {"rules", "memory"},
     # the finder is standard library only, so anybody may ask it what a command line selects
     {"startup"},
     # the version
@@ -63,6 +63,7 @@ THIRD_PARTY = {
     "noise": {"torch"},
     "folders": set(),
     "rules": set(),
+    "memory": set(),
     "wire": {"torch", "xxhash"},
     "tensors": {"torch"},
     "rollout": {"torch", "numpy"},

@@ -126,6 +126,8 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
             for process in self.processes:
                 process.join(max(0.0, deadline - time.monotonic()))
         self._stop()
+        # its semaphores outlive this process otherwise, until Python's tracker warns of them
+        del self.error_queue
 
     def _check_spaces(self) -> None:
         # Gymnasium's first question, which the workers answer when they are built

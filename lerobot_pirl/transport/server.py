@@ -228,7 +228,11 @@ class LearnerServer:
             *keepalive(peer_timeout_s),
         ]
         self._server = grpc.server(
-            ThreadPoolExecutor(SERVER_THREADS), interceptors=security.interceptors(), options=options
+            ThreadPoolExecutor(SERVER_THREADS),
+            interceptors=security.interceptors(),
+            options=options,
+            # more would wait without a bound
+            maximum_concurrent_rpcs=SERVER_THREADS,
         )
         services_pb2_grpc.add_LearnerServiceServicer_to_server(self._service, self._server)
         self.port = security.bind(self._server, address(host, port))

@@ -6,6 +6,7 @@ import nox
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "tests"]
+FAULTS = ("faults", "actors", "ledger", "transport", "wire", "fuzz", "security", "admission", "bad_configs")
 PYTHON = nox.project.load_toml("pyproject.toml")["project"]["requires-python"].removeprefix(">=")
 
 
@@ -57,6 +58,13 @@ def stock(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def faults(session: nox.Session) -> None:
+    """Run the short forms alone: faults of processes and networks, hostile bytes, bad configs; under ten minutes."""
+    session.install(".[test]")
+    session.run("pytest", *(f"tests/test_{name}.py" for name in FAULTS), *session.posargs)
+
+
+@nox.session(python=PYTHON)
 def package(session: nox.Session) -> None:
     """Build the wheel, install it into clean environments and run the start-up tests there."""
     session.install(".[test]")
@@ -82,6 +90,14 @@ def bench(session: nox.Session) -> None:
     """Measure speed against LeRobot and bare limits, LIBERO included, and print the table; about 20 minutes."""
     session.install(".[libero]")
     session.run("python", "-m", "benchmarks.all", *session.posargs, env={"MUJOCO_GL": "egl"})
+
+
+@nox.session(python=PYTHON)
+def scaling(session: nox.Session) -> None:
+    """Measure how collection scales with actors, and what an iteration costs against its sizes; plots and JSON."""
+    session.install(".")
+    session.run("python", "-m", "benchmarks.actors", "--write", *session.posargs)
+    session.run("python", "-m", "benchmarks.scaling", "--write")
 
 
 @nox.session(python=PYTHON)

@@ -1,17 +1,18 @@
-"""How collection scales with actors: one learner, 1, 2, 4 and 8 actors whose environments sleep.
+"""How collection scales with actors: one learner, 1, 2, 4 and 8 actors on the tabletop whose environments sleep as well.
 
 An environment that sleeps stands for a simulator that has a core of its own: what is measured is the plugin's protocol,
 not this machine's cores. All actors are threads of one process with a policy that costs nothing; the learner hands out
 episodes, receives them over gRPC and makes no update. The numbers of actors take turns, so that a busy machine slows all
 alike; a ratio is the median of a number's iterations against the median of one actor's in the same run.
 
-    python -m benchmarks.actors [--rounds 3] [--step-ms 100] [--write]
+    python -m benchmarks.actors [--rounds 3] [--step_ms 100] [--write]
 """
 
 import argparse
 import json
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lerobot_pirl.collector import Collector, next_of
+from lerobot_pirl.envs import TabletopEnv, make_chunk_envs
 from lerobot_pirl.episodes import Episode, EpisodeSpec, assemble
 from lerobot_pirl.inbox import Inbox
 from lerobot_pirl.ledger import Ledger
@@ -34,49 +36,42 @@ RESULT = Path(__file__).parent / "results" / "actors.json"
 COUNTS = (1, 2, 4, 8)
 TARGET = 0.9
 CHUNK, CHUNKS_PER_EPISODE, EPISODES = 2, 5, 64
+PIXELS, ACTION_DIM = 16, 7
 ADDRESS = {"config_hash": "benchmark", "session": "benchmark"}
 
 
-class SleepyEnvs(gym.vector.VectorEnv):
-    """One environment that sleeps in every step and runs out of time after a few chunks."""
-
-    num_envs = 1
+class SleepyEnvs(gym.vector.VectorWrapper):
+    """One environment of the tabletop that sleeps in every chunk and runs out of time after a few of them."""
 
     def __init__(self, step_s: float) -> None:
-        self.step_s, self.chunks = step_s, 0
+        task = TabletopEnv(observation_height=PIXELS, observation_width=PIXELS)
+        super().__init__(make_chunk_envs(task, 1, CHUNK, CHUNK * CHUNKS_PER_EPISODE))
+        self.step_s = step_s
 
     def set_attr(self, name: str, values: list) -> None:
-        """Take what a collector sets."""
-
-    def reset(self, **options) -> tuple[dict, dict]:
-        """Start an episode."""
-        self.chunks = 0
-        return {"x": np.zeros((1, 4), np.float32)}, {"task": ["sleep"]}
+        """Pass on what a collector sets."""
+        self.env.set_attr(name, values)
 
     def step(self, actions: np.ndarray) -> tuple:
-        """Sleep."""
+        """Sleep, and step."""
         time.sleep(self.step_s)
-        self.chunks += 1
-        ended = np.array([self.chunks == CHUNKS_PER_EPISODE])
-        no = np.array([False])
-        infos = {"terminated": no, "truncated": ended, "is_success": no, "n_steps": np.array([CHUNK])}
-        return {"x": np.zeros((1, 4), np.float32)}, np.zeros(1), no, no, infos
+        return self.env.step(actions)
 
 
 class NoPolicy:
-    """An adapter whose network costs nothing."""
+    """An adapter whose network costs nothing; it never moves."""
 
     n_action_steps = CHUNK
     gripper_index = gripper_temperature = processors = None
     noise_std = torch.full((2, CHUNK, 3), 0.01)
 
-    def prepare_observation(self, observation: dict, tasks: list[str]) -> dict:
-        """Return an observation as it is."""
-        return observation
+    def prepare_observation(self, observation: dict, tasks: list[str]) -> np.ndarray:
+        """Return where the gripper is."""
+        return observation["robot_state"]["eef"]["pos"]
 
-    def encode(self, batch: dict) -> dict[str, Tensor]:
-        """Return an observation as features."""
-        return {"x": torch.from_numpy(batch["x"])}
+    def encode(self, batch: np.ndarray) -> dict[str, Tensor]:
+        """Return that as features."""
+        return {"x": torch.from_numpy(batch)}
 
     def predict_x0(self, features: dict, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict no motion."""
@@ -87,8 +82,8 @@ class NoPolicy:
         return x_0
 
     def environment_actions(self, actions: Tensor) -> Tensor:
-        """Return a chunk as it is."""
-        return actions
+        """Return a chunk of the environment's actions."""
+        return torch.zeros(*actions.shape[:2], ACTION_DIM)
 
 
 class SleepyActor(threading.Thread):
@@ -194,18 +189,19 @@ def measure(rounds: int, step_s: float, tell: Callable[[str], None]) -> dict[str
     }
 
 
-def main() -> None:
-    """Measure, print, and write the result if asked to."""
+def main() -> int:
+    """Measure, print, and write the result if asked to; returns 1 when a number of actors misses the target."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="iterations of every number of actors")
-    parser.add_argument("--step-ms", type=float, default=100.0, help="what a chunk sleeps")
+    parser.add_argument("--step_ms", type=float, default=100.0, help="what a chunk sleeps")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = measure(args.rounds, args.step_ms / 1000, partial(print, flush=True))
     if args.write:
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    return int(min(result["of_linear"].values()) < TARGET)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,7 @@ from benchmarks.table import NAMES, table
 
 # fewer rounds than by itself, for the time of all
 OPTIONS = {
-    "rollout_libero": ["--rounds=5", "--stock_rounds=2"],
+    "rollout_libero": ["--rounds=3", "--stock_rounds=1"],
     "reset_libero": ["--rounds=5"],
     "encode_sample": ["--seconds=3"],
     "iteration": ["--rounds=3"],

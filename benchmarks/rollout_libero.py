@@ -88,8 +88,10 @@ def play_stock(stock: Any, adapter: Any, seeds: list[int]) -> int:
     return result["action"].shape[0] * result["action"].shape[1]
 
 
-def compare(stock: Any, env_cfg: Any, chunk: int, options: argparse.Namespace, first: int) -> list[Ratio]:
-    """Measure one chunk length and number of environments.
+def compare(
+    stock: Any, env_cfg: Any, chunk: int, options: argparse.Namespace, first: int
+) -> tuple[list[Ratio], float]:
+    """Measure one chunk length and number of environments; return the share of the collection that is the policy, too.
 
     Args:
         stock: LeRobot's environments.
@@ -107,7 +109,7 @@ def compare(stock: Any, env_cfg: Any, chunk: int, options: argparse.Namespace, f
     to_bare = Ratio(f"{what} bare simulator", "env steps/s", BARE_TARGET)
     envs = WorkerEnvs([maker] * n_envs)
     collector = Collector(envs, adapter, cfg.algorithm.last_step_prob, cfg.seed)
-    states = {TASK: num_init_states(env_cfg, TASK)}
+    states, inference, whole = {TASK: num_init_states(env_cfg, TASK)}, 0.0, 0.0
     try:
         # builds the simulators
         collector.collect(episode_specs(states, 0, n_envs), 0)
@@ -115,6 +117,7 @@ def compare(stock: Any, env_cfg: Any, chunk: int, options: argparse.Namespace, f
             specs = episode_specs(states, (first + turn) * n_envs, n_envs)
             collected, ours = timed(collector.collect, specs, 0)
             steps = int(collected.env_steps.sum())
+            inference, whole = inference + collected.stats["inference_s"], whole + ours
             repeated, bare = timed(envs.call, "repeat")
             if steps != sum(repeated):
                 raise SystemExit(f"the collection took {steps} steps, the bare simulator {repeated}")
@@ -127,7 +130,7 @@ def compare(stock: Any, env_cfg: Any, chunk: int, options: argparse.Namespace, f
                 to_stock.add(steps / ours, steps / theirs)
     finally:
         envs.close()
-    return [to_stock, to_bare]
+    return [to_stock, to_bare], inference / whole
 
 
 def main() -> None:
@@ -146,18 +149,25 @@ def main() -> None:
     options.stock_rounds = min(options.stock_rounds, options.rounds)
     prepare_libero()
     env_cfg = make_config(TASK, options.size, episode_length=options.env_steps)
-    ratios, started = [], time.perf_counter()
+    ratios, shares, started = [], {}, time.perf_counter()
     for n_envs in options.n_envs:
         stock = make_stock(env_cfg, n_envs)
         try:
             # builds the simulators
             stock.reset(seed=list(range(n_envs)))
             for place, chunk in enumerate(options.chunks):
-                ratios += compare(stock, env_cfg, chunk, options, 1 + place * options.stock_rounds)
+                found, share = compare(stock, env_cfg, chunk, options, 1 + place * options.stock_rounds)
+                ratios += found
+                shares[f"{n_envs} env worker(s), chunk {chunk}"] = round(share, 3)
         finally:
             stock.close()
     print(f"took {time.perf_counter() - started:.0f} s")
+    for what, share in shares.items():
+        print(
+            f"{what}: the policy takes {share:.1%} of the collection, which the bare simulator does without"
+        )
     settings = {"size": options.size, "env_steps": options.env_steps, "suite": SUITE, "task_id": TASK}
+    settings["policy_share"] = shares
     report(ratios, "rollout_libero", settings, options.write)
 
 

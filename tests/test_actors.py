@@ -15,9 +15,13 @@ import pytest
 import torch
 
 from lerobot_pirl.actor import Actor
+from lerobot_pirl.build import make_algorithm
+from lerobot_pirl.collector import Collector, episode_specs
+from lerobot_pirl.envs import make_chunk_envs, num_init_states, task_ids
 from lerobot_pirl.learner import Learner
 from lerobot_pirl.ledger import EVALUATION, LEDGER_FILE
 from lerobot_pirl.options import VALUE_OPTIONS, PiRLConfig
+from lerobot_pirl.parallel import ALONE
 from lerobot_pirl.policies.base import chain_log_prob
 from lerobot_pirl.transport import server as server_module
 from lerobot_pirl.transport.server import keepalive
@@ -156,6 +160,19 @@ def test_three_actors_train_what_one_trains_bit_for_bit(alone, tmp_path):
         assert_same(alone, cfg.output_dir, learner)
         assert [hand.status for hand in hands] == [0, 0, 0]
         assert all(record.get("rollout/episodes_dropped", 0) == 0 for record in records(cfg.output_dir))
+
+
+def test_over_the_wire_a_run_trains_what_one_process_trains_bit_for_bit(alone, tmp_path):
+    cfg = same_run(tmp_path / "run")
+    algorithm = make_algorithm(cfg, ALONE)
+    envs = make_chunk_envs(cfg.env, 1, cfg.algorithm.n_action_steps, cfg.algorithm.max_episode_steps)
+    collector = Collector(envs, algorithm.adapter, cfg.algorithm.last_step_prob, cfg.seed)
+    states = {task: num_init_states(cfg.env, task) for task in task_ids(cfg.env)}
+    for version in range(STEPS):
+        rollout = collector.collect(episode_specs(states, version * EPISODES, EPISODES), version)
+        algorithm.update(iter([rollout]))
+    found = algorithm.get_weights()
+    assert all(torch.equal(found[name], value) for name, value in alone[1].items())
 
 
 def test_what_an_actor_that_crashes_held_is_collected_by_others_and_one_that_joins_late_takes_part(

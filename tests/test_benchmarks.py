@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from benchmarks import (
-    all as all_benchmarks,
-)
-from benchmarks import (
+    actors,
     encode_sample,
+    fuzz,
     idle,
     iteration,
     memory,
@@ -22,6 +21,9 @@ from benchmarks import (
     startup_run,
     table,
     update,
+)
+from benchmarks import (
+    all as all_benchmarks,
 )
 from benchmarks.gpu import xvla
 from benchmarks.ratios import Ratio, report
@@ -176,6 +178,23 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(monkeypatch):
     ratios, held = xvla.measure(options)
     assert [len(ratio.ours) for ratio in ratios] == [1, 1, 1]
     assert held == {}
+
+
+def test_actors_that_sleep_share_an_iteration(monkeypatch):
+    for name, value in {"COUNTS": (1, 2), "EPISODES": 6}.items():
+        monkeypatch.setattr(actors, name, value)
+    said: list[str] = []
+    result = actors.measure(1, 0.02, said.append)
+    assert set(result["of_linear"]) == {"1", "2"} and result["of_linear"]["1"] == 1.0
+    assert result["median_s"]["1"] > 6 * actors.CHUNKS_PER_EPISODE * 0.02
+    assert [line.partition(":")[0] for line in said[:2]] == ["1 actors", "2 actors"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_learner_under_attack_goes_on_training(tmp_path):
+    part = fuzz.streams(40, seed=0, folder=tmp_path)
+    assert sum(part.outcomes.values()) == 40 and not set(part.outcomes) & set(fuzz.HUNG)
+    assert part.outcomes["INVALID_ARGUMENT"] > 20
 
 
 def ratio(**options) -> Ratio:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -404,6 +405,17 @@ def test_worker_processes_show_the_same_as_one_process(workers):
     assert isinstance(workers, WorkerEnvs)
     for ours, theirs in zip(drive(workers), drive(make_chunk_envs(tabletop(), 3, CHUNK)), strict=True):
         assert_same(ours, theirs)
+
+
+def test_closed_workers_leave_no_semaphore():
+    def semaphores() -> set[Path]:
+        return set(Path("/dev/shm").glob("sem.mp-*"))
+
+    before = semaphores()
+    envs = make_chunk_envs(tabletop(), 1, CHUNK, use_async=True)
+    assert semaphores() > before
+    envs.close()
+    assert semaphores() == before
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR")  # Gymnasium prints the worker's traceback as a warning

@@ -1,5 +1,6 @@
 """Collecting episodes: which ones are run, what of them is kept, and that it can be repeated."""
 
+import copy
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.collector import Collector, EpisodeSpec, episode_specs
 from lerobot_pirl.envs import ChunkEnv, TabletopEnv, TabletopTask, make_chunk_envs
 from lerobot_pirl.envs import tabletop_physics as physics
@@ -388,6 +390,30 @@ def test_tiny_xvla_collects_the_same_with_any_number_of_environments():
     ]
     # what differs is float32's rounding in batches of another size
     assert_equal(*rollouts, atol=1e-3)
+
+
+def test_features_that_were_kept_are_those_that_would_be_computed_again_after_updates(monkeypatch):
+    adapter = tiny_adapter(
+        critic_warmup_iterations=0, minibatch_size=8, micro_batch_size=8, learning_rate=1e-3
+    )
+    cfg, seen = adapter.run_config, []
+    encode = adapter.encode
+    monkeypatch.setattr(
+        adapter, "encode", lambda batch: (seen.append(copy.deepcopy(batch)), encode(batch))[1]
+    )
+    envs = make_chunk_envs(cfg.env, 1, CHUNK, 8)
+    rollout = Collector(envs, adapter, 0.5, cfg.seed).collect(specs(0, 1), 0)
+    before = {name: p.detach().clone() for name, p in adapter.policy.named_parameters()}
+    PiRLAlgorithm(adapter, cfg.algorithm, seed=1).update(iter([rollout]))
+    assert any(not torch.equal(before[name], p) for name, p in adapter.policy.named_parameters())
+    # each episode's rows, and the observation in which it ran out of time
+    assert rollout.truncated.sum() == 2
+    again = [encode(batch) for batch in seen]
+    for name in rollout.features:
+        rows = rollout.features[name].split(rollout.episode_lengths.tolist())
+        ends = rollout.final_features[name].split(1)
+        expected = torch.cat([part for pair in zip(rows, ends, strict=True) for part in pair])
+        assert torch.equal(torch.cat([features[name].cpu() for features in again]), expected), name
 
 
 def test_worker_processes_collect_the_same():

@@ -416,6 +416,21 @@ def test_an_episode_that_began_elsewhere_than_its_group_is_refused_before_the_up
         learner.inbox._decode(Message("rollout", message.header | {"number": 1}, moved))
 
 
+def test_the_first_episode_tells_what_all_will_take_and_whether_it_is_there(learner, caplog, monkeypatch):
+    learner.inbox.max_rows = 10
+    deliver(learner)
+    with caplog.at_level(logging.INFO):
+        rollout = learner.receive()
+    per_row = episodes_of(rollout)[0].nbytes / len(episodes_of(rollout)[0])
+    wanted = 10 * per_row / 2**20
+    assert caplog.text.count("the episodes of an iteration take up to") == 1
+    assert f"{wanted:.3g} MiB each" in caplog.text
+    monkeypatch.setattr("lerobot_pirl.memory.available_bytes", lambda: 1000)
+    learner.inbox._planned = False
+    with pytest.raises(RunError, match="are free; lower algorithm.episodes_per_iteration"):
+        learner.inbox._plan_memory(rollout)
+
+
 def test_an_error_of_any_kind_outside_an_update_leaves_a_checkpoint(learner, monkeypatch):
     def fail() -> None:
         raise RuntimeError("odd")

@@ -628,6 +628,25 @@ def test_a_message_over_the_limit_is_refused_by_its_first_piece():
         next(from_pieces(iter([piece("BEGIN", data[:60])]), max_bytes=1_000_000))
 
 
+def test_calls_beyond_the_threads_are_refused_and_do_not_queue(monkeypatch):
+    monkeypatch.setattr("lerobot_pirl.transport.server.SERVER_THREADS", 2)
+    server = LearnerServer("127.0.0.1", 0)
+    try:
+        streams = [
+            stub(server.port).StreamParameters(services_pb2.Empty(), metadata=[(ACTOR_KEY, name)])
+            for name in "ab"
+        ]
+        while server.num_actors < 2:
+            time.sleep(0.01)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub(server.port).Ready(services_pb2.Empty(), timeout=10)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        for stream in streams:
+            stream.cancel()
+    finally:
+        server.close()
+
+
 def test_the_end_does_not_wait_for_an_actor_that_is_gone(server, monkeypatch):
     monkeypatch.setattr("lerobot_pirl.transport.server.END_GRACE_S", 0.2)
     silent = stub(server.port).StreamParameters(services_pb2.Empty())  # never read

@@ -1,30 +1,48 @@
 """X-VLA of the real size on one GPU: decisions, updates and memory, against the network alone.
 
 0.88 B parameters with random weights; nothing is downloaded. Each figure has its peer in the same run: LeRobot's
-``predict_action_chunk`` in bfloat16 for a decision, forward and backward of the action transformer for an update. Memory is
-that of a learner with the options of ``configs/pirl_libero10_xvla.json``, at several micro-batches, in one process.
+``predict_action_chunk`` in bfloat16 for a decision, forward and backward of the action transformer for an update, and for
+both the chip itself: its speed in one large matrix product and in one large copy. Memory is that of a learner and of an
+actor with the options of ``configs/pirl_libero10_xvla.json``, at several micro-batches; where both share a card, it is the
+sum, and a CUDA context for each.
 
     python -m benchmarks.gpu.xvla [--batches 1 16 64] [--compile] [--write]
     python -m benchmarks.gpu.xvla --size tiny --device cpu --dtype float32 --rounds 1      # does it run at all
 """
 
 import argparse
+import json
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.encode_sample import decide
 from benchmarks.ratios import Ratio, report
-from benchmarks.sizes import SIZES, generators, make_algorithm, make_batch, make_config, make_rollout
+from benchmarks.sizes import (
+    SIZES,
+    generators,
+    make_adapter,
+    make_algorithm,
+    make_batch,
+    make_config,
+    make_rollout,
+)
 from benchmarks.update import bare, bare_batches
 from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.config import PiRLTrainConfig
 
 DECISION, UPDATE = 1.10, 0.93
 ROWS = 64
+CONFIG = "configs/pirl_libero10_xvla.json"
+# edge of the matrices, and bytes that are copied, on a GPU and elsewhere
+MATRIX, COPY_BYTES = {"cuda": 8192, "cpu": 512}, {"cuda": 2**31, "cpu": 2**24}
+# what one process needs to act or to update alone, and what an actor's environments do
+OTHERS = ("type", "episodes_per_iteration", "async_envs", "max_episode_steps")
 
 
 def seconds(device: str, call: Callable[..., Any], *args: Any) -> float:
@@ -39,6 +57,31 @@ def seconds(device: str, call: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - started
 
 
+def run_options() -> dict[str, Any]:
+    """Return what the shipped config of a single-GPU run sets under ``algorithm`` and matters here."""
+    with open(CONFIG) as file:
+        return {name: value for name, value in json.load(file)["algorithm"].items() if name not in OTHERS}
+
+
+def chip(device: str, dtype: str) -> dict[str, float]:
+    """Return what the device does at best: TFLOP/s of a matrix product, GB/s read and written by a copy."""
+    kind = torch.device(device).type
+    edge, size = MATRIX[kind], COPY_BYTES[kind]
+    a = torch.randn(edge, edge, device=device, dtype=getattr(torch, dtype))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds(device, torch.matmul, a, a) for _ in range(10))
+    copy = min(seconds(device, target.copy_, source) for _ in range(10))
+    return {"TFLOP/s": 2 * edge**3 / product / 1e12, "GB/s": 2 * size / copy / 1e9}
+
+
+def flops(call: Callable[..., Any], *args: Any) -> int:
+    """Return the operations of a call's matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        call(*args)
+    return counter.get_total_flops()
+
+
 def make_stock(cfg: PiRLTrainConfig) -> XVLAPolicy:
     """Return the policy as LeRobot runs it, all of it in the config's dtype."""
     with torch.device(cfg.policy.device):
@@ -50,6 +93,7 @@ def decisions(
 ) -> list[Ratio]:
     """Measure a chunk with all that an update needs of it."""
     adapter, device, ratios = algorithm.adapter, str(algorithm.device), []
+    weights_gb = sum(p.nbytes for p in adapter.policy.parameters()) / 1e9
     for size in batches:
         ratio = Ratio(f"{label}, batch {size}, decision to LeRobot's", "ms/chunk", DECISION, at_least=False)
         batch, draw = make_batch(adapter, size), generators(size)
@@ -59,7 +103,24 @@ def decisions(
             if number > 1:
                 ratio.add(1e3 * ours / size, 1e3 * theirs / size)
         ratios.append(ratio)
+        spent = statistics.median(ratio.ours) * size / 1e3
+        print(
+            f"{label}, batch {size}: {flops(decide, adapter, batch, draw) / spent / 1e12:.3g} TFLOP/s, "
+            f"{weights_gb / spent:.3g} GB/s if every weight is read once"
+        )
     return ratios
+
+
+def actor_memory(cfg: PiRLTrainConfig, rounds: int) -> float | None:
+    """Return the GiB that an actor with the config's environments comes to hold, on a GPU."""
+    adapter, size = make_adapter(cfg), cfg.algorithm.n_envs
+    if torch.device(cfg.policy.device).type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(rounds):
+        decide(adapter, make_batch(adapter, size), generators(size))
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def update(algorithm: PiRLAlgorithm, rounds: int, label: str) -> tuple[Ratio, float | None]:
@@ -72,7 +133,11 @@ def update(algorithm: PiRLAlgorithm, rounds: int, label: str) -> tuple[Ratio, fl
         theirs = seconds(device, bare, algorithm, batches)
         ours = seconds(device, algorithm.update, iter([rollout]))
         if number > 0:
-            ratio.add(ROWS / ours, ROWS / theirs)
+            ratio.add(ROWS * algorithm.config.n_epochs / ours, ROWS / theirs)
+    spent = ROWS / statistics.median(ratio.theirs)
+    print(
+        f"{label}, micro-batch {size}: forward + backward {flops(bare, algorithm, batches) / spent / 1e12:.3g} TFLOP/s"
+    )
     if algorithm.device.type != "cuda":
         return ratio, None
     del batches
@@ -93,7 +158,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, float]]
                 options.dtype,
                 options.device,
                 micro_batch_size=micro_batch,
-                minibatch_size=max(ROWS, micro_batch),
+                **run_options() | {"minibatch_size": max(ROWS, micro_batch)},
             )
             algorithm = make_algorithm(cfg)
             if compiled:
@@ -105,6 +170,11 @@ def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, float]]
         ratios += decisions(algorithm, make_stock(cfg), options.batches, options.rounds, label)
         # the next one must have room
         del algorithm
+    held = actor_memory(cfg, options.rounds)
+    if held is not None:
+        memory[f"{options.size} X-VLA, {options.dtype}, actor with {cfg.algorithm.n_envs} environments"] = (
+            round(held, 2)
+        )
     return ratios, memory
 
 
@@ -124,12 +194,14 @@ def main() -> None:
     options = parser.parse_args()
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --size tiny shows whether the script runs")
+    limits = chip(options.device, options.dtype)
+    print("the chip: " + ", ".join(f"{value:.4g} {unit}" for unit, value in limits.items()))
     ratios, memory = measure(options)
     for what, held in memory.items():
-        print(f"{what}: an update comes to hold {held:.1f} GiB of the GPU, AdamW's state included")
+        print(f"{what}: comes to hold {held:.1f} GiB of the GPU; a learner's with AdamW's state")
     is_gpu = torch.device(options.device).type == "cuda"
     device = torch.cuda.get_device_name() if is_gpu else "cpu"
-    report(ratios, "gpu_xvla", {"device": device, "memory_gib": memory}, options.write)
+    report(ratios, "gpu_xvla", {"device": device, "memory_gib": memory, "chip": limits}, options.write)
 
 
 if __name__ == "__main__":

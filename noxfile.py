@@ -96,8 +96,8 @@ def bench(session: nox.Session) -> None:
 def scaling(session: nox.Session) -> None:
     """Measure how collection scales with actors, and what an iteration costs against its sizes; plots and JSON."""
     session.install(".")
-    session.run("python", "-m", "benchmarks.actors", "--write", *session.posargs)
     session.run("python", "-m", "benchmarks.scaling", "--write")
+    session.run("python", "-m", "benchmarks.actors", "--write")
 
 
 @nox.session(python=PYTHON)

@@ -10,9 +10,10 @@ _FORGET_PEAK = "5"
 
 
 class Peak:
-    """The most that a block of code held on top of what there was before it, in bytes; known when it is left."""
+    """The most that a block of code held on top of what there was before it, in bytes; known when it is left, the latter at once."""
 
     extra: int | None = None
+    before: int | None = None
 
 
 def _resident(name: str) -> int:
@@ -24,12 +25,16 @@ def _resident(name: str) -> int:
 
 
 @contextmanager
-def peak() -> Iterator[Peak]:
-    """Measure what this process's resident memory comes to, on Linux; ``extra`` stays None elsewhere."""
+def peak(before: int | None = None) -> Iterator[Peak]:
+    """Measure what this process's resident memory comes to, on Linux; ``extra`` stays None elsewhere.
+
+    Args:
+        before: bytes that it is compared with; what there is now, if not given.
+    """
     found = Peak()
     try:
         _RESET.write_text(_FORGET_PEAK)
-        before = _resident("VmRSS")
+        found.before = before = before or _resident("VmRSS")
     except OSError:
         yield found
         return

@@ -53,8 +53,11 @@ class Actor:
 
     def serve(self) -> None:
         """Answer with the time at which the weights were there and the memory that they took, until told to stop."""
+        # before anything was received: what is kept for the next push counts in every one
+        before = None
         while (what := self.pipe.recv()) != "stop":
-            with peak() as memory:
+            with peak(before) as memory:
+                before = memory.before
                 self.pipe.send("ready")
                 getattr(self, what)()
                 now = time.perf_counter()

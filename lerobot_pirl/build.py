@@ -58,10 +58,10 @@ def make_adapter(cfg: Any) -> PolicyAdapter:
 
 
 def _share_cores(algorithm: Any) -> None:
-    """Compute with half the cores where learner and actor work at once on one machine, unless the user has chosen."""
+    """Compute with half the threads where learner and actor work at once on one machine, unless the user has chosen."""
     at_once = algorithm.max_staleness > 0 and rules.is_loopback(algorithm.wire.host)
     if at_once and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         logger.info(
             "computing with %d threads: learner and actor work at once; OMP_NUM_THREADS decides otherwise",
             torch.get_num_threads(),

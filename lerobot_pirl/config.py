@@ -234,12 +234,11 @@ class PiRLTrainConfig(TrainRLServerPipelineConfig):
 
     def _check_other_run(self) -> None:
         """Refuse to resume into a folder where another run lies."""
-        folder, run = Path(self.output_dir), self.checkpoint_path.parent.parent
-        if folder.resolve() != run.resolve() and any(
-            (folder / name).exists() for name in (folders.METRICS_FILE, CHECKPOINTS_DIR)
-        ):
+        folder, ours = Path(self.output_dir), self.checkpoint_path.parent
+        theirs = folder / CHECKPOINTS_DIR
+        if theirs.resolve() != ours.resolve() and folders.complete(theirs):
             raise FileExistsError(
-                f"output_dir={folder} holds another run than {run}, with which it would mix; choose another one, or go on "
+                f"output_dir={folder} holds another run than {ours.parent}, with which it would mix; choose another one, or go on "
                 f"with that run with --config_path={folder}/checkpoints/last/pretrained_model/train_config.json and without "
                 "--output_dir"
             )

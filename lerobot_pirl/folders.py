@@ -18,7 +18,6 @@ except ImportError:
     fcntl = None
 
 LAST, BEST = "last", "best"
-METRICS_FILE = "metrics.jsonl"
 # what has digests is complete: they are written last, into a folder that is renamed when it is complete
 DIGESTS_FILE = Path("training_state/pirl_digests.json")
 METADATA_FILE = Path("training_state/pirl_metadata.json")

@@ -89,6 +89,14 @@ class Inbox:
         with self._changed:
             parts = [self._rollouts.pop(number) for number in numbers]
             actors = [self.ledger.delivered[number][0] for number in numbers]
+        # to be put together, they need as much again
+        held, free = sum(part.nbytes for part in parts), memory.available_bytes()
+        if held > free:
+            raise launch.RunError(
+                f"the {len(parts)} episodes of an iteration hold {memory.in_words(held)}, and the update needs as much again, "
+                f"more than the {memory.in_words(free)} that are free; lower algorithm.episodes_per_iteration or "
+                "algorithm.max_episode_steps, or take a machine with more memory"
+            )
         stats = _summed(parts, actors)
         stats["staleness"] = sum(iteration - part.policy_version for part in parts) / len(parts)
         return replace(concatenate(parts), policy_version=iteration, stats=stats)
@@ -264,14 +272,18 @@ class Inbox:
         return rollout
 
     def _plan_memory(self, rollout: Rollout) -> None:
-        """Say what the episodes will take at most; raises RunError when this machine has not got it."""
+        """Say what the episodes will take if all are as long as they can be, or else as this one."""
         rows = max(len(rollout), self.max_rows)
-        size, ledger = rollout.nbytes // max(1, len(rollout)) * rows, self.ledger
-        try:
-            text = memory.plan(size, ledger.per_iteration, ledger.max_staleness + 1, memory.available_bytes())
-        except ValueError as error:
-            raise launch.RunError(str(error)) from error
-        logger.info("%s", text)
+        needed = rollout.nbytes // len(rollout) * rows * self.ledger.per_iteration
+        free = memory.available_bytes()
+        logger.log(
+            logging.WARNING if 2 * needed > free else logging.INFO,
+            "the episodes of an iteration take %s of the learner's memory if all have %d chunks, and as much again for the "
+            "update; %s are free",
+            memory.in_words(needed),
+            rows,
+            memory.in_words(free),
+        )
 
     def _check_start(self, number: int, rollout: Rollout) -> None:
         """Raise ValueError when an episode began elsewhere than what has come in of its group."""

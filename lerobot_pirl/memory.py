@@ -1,9 +1,8 @@
-"""Whether an iteration's episodes fit the learner's memory, found out with the first of them; standard library only."""
+"""How much memory this machine has left; standard library only."""
 
 import os
 from pathlib import Path
 
-GIB = 2**30
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -16,24 +15,6 @@ def available_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def plan(episode_bytes: int, episodes: int, iterations: int, available: int) -> str:
-    """Return in words what the episodes of iterations take at most: each once, and those of one again for its update.
-
-    The features of the frozen encoder are most of it. They are kept, since they take less than the frames from which
-    they could be computed again.
-
-    Raises:
-        ValueError: with the sentence, when that is more than is available.
-    """
-    needed = episode_bytes * episodes * (iterations + 1)
-    text = (
-        f"the episodes of {'an iteration' if iterations == 1 else f'{iterations} iterations'} take up to "
-        f"{needed / GIB:.2g} GiB of the learner's memory, {episode_bytes / 2**20:.3g} MiB each; "
-        f"{available / GIB:.3g} GiB are free"
-    )
-    if needed > available:
-        raise ValueError(
-            f"{text}; lower algorithm.episodes_per_iteration={episodes} or algorithm.max_episode_steps, or take a machine "
-            "with more memory"
-        )
-    return text
+def in_words(size: int) -> str:
+    """Return a number of bytes in GiB, or MiB where that is too small a number."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**28 else f"{size / 2**20:.3g} MiB"

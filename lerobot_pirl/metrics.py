@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lerobot_pirl.folders import METRICS_FILE
 from lerobot_pirl.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _WANDB_MISSING = (
     "wandb.enable=True needs a wandb that this LeRobot knows; install it with pip install 'lerobot[training]', or leave "
@@ -85,7 +85,7 @@ class MetricsLog:
         if cfg.wandb.enable and cfg.wandb.project:
             try:
                 import wandb  # noqa: F401
-            except ImportError as error:
+            except (ImportError, AttributeError) as error:
                 raise ValueError(_WANDB_MISSING.format(error)) from error
 
     def _open_board(self, board_class: Any, iterations_done: int) -> Any:
@@ -105,7 +105,10 @@ class MetricsLog:
         from lerobot.common.wandb_utils import WandBLogger
 
         try:
-            return WandBLogger(cfg)
+            wandb_logger = WandBLogger(cfg)
+            # the x-axis of all curves
+            wandb_logger._wandb.define_metric("train/*", step_metric="train/iteration")
+            return wandb_logger
         except (ImportError, AttributeError) as error:
             raise ValueError(_WANDB_MISSING.format(error)) from error
         except Exception as error:

@@ -178,11 +178,11 @@ def _file_overrides() -> list[str]:
 
 
 def _dropped_inside(value: Any) -> str | None:
-    """Return what LeRobot leaves out of an option that is an object: keys named ``type``, lists, null."""
+    """Return what LeRobot leaves out of an option that is an object: some names, lists, null, what is empty."""
     if not isinstance(value, dict):
         return None
     for name, inner in value.items():
-        if name == "type" or inner is None or isinstance(inner, list):
+        if name in ("type", parser.PATH_KEY) or inner in (None, {}) or isinstance(inner, list):
             return f"{name!r}: {json.dumps(inner)}"
         if found := _dropped_inside(inner):
             return found

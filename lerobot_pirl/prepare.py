@@ -71,10 +71,10 @@ def prepare(source: Path, target: Path) -> list[str]:
             "selects"
         )
     with _whole(target) as folder:
-        # without the modes of the files: a store may be read-only
-        shutil.copytree(source, folder, copy_function=shutil.copyfile)
-        for each in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            each.chmod(0o755)
+        shutil.copytree(source, folder)
+        # a store may be read-only
+        for each in (folder, *folder.rglob("*")):
+            each.chmod(each.stat().st_mode | (0o700 if each.is_dir() else 0o600))
         (folder / PIPELINE).write_text(json.dumps(pipeline, indent=2) + "\n")
         if tables:
             try:

@@ -52,12 +52,14 @@ def run_config(folder: Path, **algorithm):
 def learning(cfg) -> Iterator[Learner]:
     """Give a learner and take its signal handlers back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
     learner = Learner(cfg)
     try:
         yield learner
     finally:
         learner.server.close()
         learner.lock.close()
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -448,6 +450,15 @@ def test_an_evaluation_that_is_handed_over_during_a_collection_is_made(tmp_path)
             hand.actor._receive = receive
 
         hand.actor.collector.explore = explore
+        client = hand.actor.client
+
+        def wait_for_news(count: int) -> None:
+            # the weights of the first update come while the next iteration is collected
+            deadline = time.monotonic() + 60
+            while count == EPISODES + 1 and not client.news and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        before_sending(hand, wait_for_news)
         train(learner, [hand])
     assert [record["iteration"] for record in records(cfg.output_dir) if "eval/success_rate" in record] == [
         0,

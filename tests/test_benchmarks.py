@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -192,7 +193,12 @@ def test_actors_that_sleep_share_an_iteration(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_learner_under_attack_goes_on_training(tmp_path):
-    part = fuzz.streams(40, seed=0, folder=tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        part = fuzz.streams(40, seed=0, folder=tmp_path)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert sum(part.outcomes.values()) == 40 and not set(part.outcomes) & set(fuzz.HUNG)
     assert part.outcomes["INVALID_ARGUMENT"] > 20
 

@@ -407,15 +407,20 @@ def test_worker_processes_show_the_same_as_one_process(workers):
         assert_same(ours, theirs)
 
 
-def test_closed_workers_leave_no_semaphore():
-    def semaphores() -> set[Path]:
-        return set(Path("/dev/shm").glob("sem.mp-*"))
-
-    before = semaphores()
-    envs = make_chunk_envs(tabletop(), 1, CHUNK, use_async=True)
-    assert semaphores() > before
-    envs.close()
-    assert semaphores() == before
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="semaphores are no files here")
+@pytest.mark.parametrize("dies", [False, True])
+def test_workers_that_are_closed_or_die_leave_no_semaphore(workers, dies):
+    queue = workers.error_queue
+    names = [lock._semlock.name.strip("/") for lock in (queue._rlock, queue._wlock, queue._sem)]
+    files = [Path("/dev/shm") / f"sem.{name}" for name in names]
+    del queue
+    assert all(file.exists() for file in files)
+    if dies:
+        workers.processes[1].kill()
+        assert isinstance(bounded(lambda: workers.reset(seed=0)), WorkerDied)
+    else:
+        workers.close()
+    assert not any(file.exists() for file in files)
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR")  # Gymnasium prints the worker's traceback as a warning

@@ -878,26 +878,33 @@ def test_an_output_folder_on_the_command_line_wins_over_the_checkpoints(resume, 
     assert str(cfg.output_dir) == base()["output_dir"] != str(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["metrics.jsonl", "checkpoints"])
 def test_a_resume_into_the_folder_of_another_run_is_refused_to_the_learner_alone(
-    resume, checkpoint, tmp_path_factory, content
+    resume, checkpoint, tmp_path_factory
 ):
     other = tmp_path_factory.mktemp("other")
     cfg = resume(checkpoint, f"--output_dir={other}")
     # the parser has set what the command line says
     cfg.output_dir = other
     cfg._name_outputs(check_output_dir=True)
-    (other / content).touch()
+    # one that was stopped before its first checkpoint is begun again
+    (other / "metrics.jsonl").touch()
+    cfg._name_outputs(check_output_dir=True)
+    state = other / "checkpoints" / "000002" / "training_state"
+    state.mkdir(parents=True)
+    (state / "pirl_digests.json").write_text("{}")
     cfg._name_outputs(check_output_dir=False)
     message = refusal(cfg._name_outputs, True, error=FileExistsError)
     assert message.startswith(
         f"output_dir={other} holds another run than {checkpoint.parent.parent.parent}, with which"
     )
     assert f"--config_path={other}/checkpoints/last/pretrained_model/train_config.json" in message
-    # its own folder by another name
+    # its own folder by another name, and one whose checkpoints lie elsewhere
     (other / "link").symlink_to(checkpoint.parent.parent.parent)
-    cfg.output_dir = other / "link"
-    cfg._name_outputs(check_output_dir=True)
+    (other / "run").mkdir()
+    (other / "run" / "checkpoints").symlink_to(checkpoint.parent.parent)
+    for own in ("link", "run"):
+        cfg.output_dir = other / own
+        cfg._name_outputs(check_output_dir=True)
 
 
 def test_groups_of_episodes_that_begin_anywhere_are_refused(tmp_path):

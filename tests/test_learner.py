@@ -418,17 +418,20 @@ def test_an_episode_that_began_elsewhere_than_its_group_is_refused_before_the_up
 
 def test_the_first_episode_tells_what_all_will_take_and_whether_it_is_there(learner, caplog, monkeypatch):
     learner.inbox.max_rows = 10
-    deliver(learner)
     with caplog.at_level(logging.INFO):
+        deliver(learner)
         rollout = learner.receive()
-    per_row = episodes_of(rollout)[0].nbytes / len(episodes_of(rollout)[0])
-    wanted = 10 * per_row / 2**20
-    assert caplog.text.count("the episodes of an iteration take up to") == 1
-    assert f"{wanted:.3g} MiB each" in caplog.text
+    assert caplog.text.count("the episodes of an iteration take") == 1
+    assert "of the learner's memory if all have 10 chunks, and as much again for the update" in caplog.text
+    caplog.clear()
     monkeypatch.setattr("lerobot_pirl.memory.available_bytes", lambda: 1000)
-    learner.inbox._planned = False
-    with pytest.raises(RunError, match="are free; lower algorithm.episodes_per_iteration"):
-        learner.inbox._plan_memory(rollout)
+    learner.inbox._plan_memory(rollout)
+    assert caplog.records[0].levelno == logging.WARNING
+    learner.inbox._rollouts |= dict(enumerate(episodes_of(rollout)))
+    with pytest.raises(
+        RunError, match="episodes of an iteration hold .* more than the 0.000954 MiB that are free; lower"
+    ):
+        learner.receive()
 
 
 def test_an_error_of_any_kind_outside_an_update_leaves_a_checkpoint(learner, monkeypatch):

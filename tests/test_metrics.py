@@ -293,7 +293,10 @@ def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
 
     class FakeLogger:
         def __init__(self, cfg):
-            self._wandb = SimpleNamespace(finish=lambda: seen.append("finished"))
+            self._wandb = SimpleNamespace(
+                finish=lambda: seen.append("finished"),
+                define_metric=lambda names, step_metric: seen.append((names, step_metric)),
+            )
             self.log_policy = seen.append
             self.log_dict = lambda numbers, custom_step_key: seen.append(
                 (numbers[custom_step_key], len(numbers), custom_step_key)
@@ -305,14 +308,22 @@ def test_wandb_gets_numbers_and_checkpoints_and_is_ended(tmp_path, monkeypatch):
     log.write(record(1) | {"train/explained_variance": float("nan")})
     log.log_checkpoint(tmp_path)
     log.close()
-    assert seen == [(1, len(record(1)) - 1, "iteration"), tmp_path, "finished"]
+    assert seen == [
+        ("train/*", "train/iteration"),
+        (1, len(record(1)) - 1, "iteration"),
+        tmp_path,
+        "finished",
+    ]
 
 
 @pytest.mark.parametrize("call", ["log_dict", "log_policy"])
 def test_a_wandb_that_fails_costs_nothing_but_itself(tmp_path, monkeypatch, caplog, call):
     class FailingLogger:
         def __init__(self, cfg):
-            self._wandb = SimpleNamespace(finish=lambda: pytest.fail("it is not asked again"))
+            self._wandb = SimpleNamespace(
+                finish=lambda: pytest.fail("it is not asked again"),
+                define_metric=lambda *args, **kwargs: None,
+            )
 
         def fail(self, *args, **kwargs):
             raise ConnectionResetError("Connection lost")
@@ -374,6 +385,9 @@ class FakeWandb:
 
     def init(self, **arguments) -> None:
         self.starts.append(arguments)
+
+    def define_metric(self, names: str, step_metric: str) -> None:
+        assert (names, step_metric) == ("train/*", "train/iteration")
 
     def finish(self) -> None:
         pass

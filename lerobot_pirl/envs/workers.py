@@ -126,8 +126,6 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
             for process in self.processes:
                 process.join(max(0.0, deadline - time.monotonic()))
         self._stop()
-        # its semaphores outlive this process otherwise, until Python's tracker warns of them
-        del self.error_queue
 
     def _check_spaces(self) -> None:
         # Gymnasium's first question, which the workers answer when they are built
@@ -193,3 +191,5 @@ class WorkerEnvs(gym.vector.AsyncVectorEnv):
             process.join(EXIT_STATUS_TIMEOUT_S)
             if pipe is not None:
                 pipe.close()
+        # its semaphores would outlive this process until Python's tracker warns of them
+        self.__dict__.pop("error_queue", None)

@@ -53,11 +53,12 @@ class Actor:
 
     def serve(self) -> None:
         """Answer with the time at which the weights were there and the memory that they took, until told to stop."""
-        # before anything was received: what is kept for the next push counts in every one
+        # before the first push: what is kept for the next one counts in every one
         before = None
         while (what := self.pipe.recv()) != "stop":
-            with peak(before) as memory:
-                before = memory.before
+            with peak(before if what == "ours" else None) as memory:
+                if what == "ours":
+                    before = memory.before
                 self.pipe.send("ready")
                 getattr(self, what)()
                 now = time.perf_counter()

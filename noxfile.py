@@ -6,6 +6,8 @@ import nox
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "tests"]
+# small networks are no faster on two threads, and learners and actors of the tests share the cores
+SINGLE_THREAD = {"OMP_NUM_THREADS": "1"}
 FAULTS = ("faults", "actors", "ledger", "transport", "wire", "fuzz", "security", "admission", "bad_configs")
 PYTHON = nox.project.load_toml("pyproject.toml")["project"]["requires-python"].removeprefix(">=")
 
@@ -14,7 +16,7 @@ PYTHON = nox.project.load_toml("pyproject.toml")["project"]["requires-python"].r
 def tests(session: nox.Session) -> None:
     """Run the tests against the installed package; those of LIBERO's simulator are in tests_libero."""
     session.install(".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *session.posargs, env=SINGLE_THREAD)
 
 
 @nox.session(python=PYTHON)
@@ -61,7 +63,7 @@ def stock(session: nox.Session) -> None:
 def faults(session: nox.Session) -> None:
     """Run the short forms alone: faults of processes and networks, hostile bytes, bad configs; under ten minutes."""
     session.install(".[test]")
-    session.run("pytest", *(f"tests/test_{name}.py" for name in FAULTS), *session.posargs)
+    session.run("pytest", *(f"tests/test_{name}.py" for name in FAULTS), *session.posargs, env=SINGLE_THREAD)
 
 
 @nox.session(python=PYTHON)
@@ -82,12 +84,12 @@ def package(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Mutate messages, streams into a learner that trains, and configs, at length; report and memory in JSON."""
     session.install(".[test]")
-    session.run("python", "-m", "benchmarks.fuzz", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "benchmarks.fuzz", *session.posargs, env=SINGLE_THREAD)
 
 
 @nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
-    """Measure speed against LeRobot and bare limits, LIBERO included, and print the table; about 20 minutes."""
+    """Measure speed against LeRobot and bare limits, LIBERO included, and print the table; a quarter of an hour."""
     session.install(".[libero]")
     session.run("python", "-m", "benchmarks.all", *session.posargs, env={"MUJOCO_GL": "egl"})
 
@@ -119,7 +121,7 @@ def soak_kills(session: nox.Session) -> None:
     """Kill a learner fifty times, and saves at every file-system operation; takes half an hour."""
     session.install(".[test]")
     session.run("python", "-m", "benchmarks.kill_soak", *session.posargs)
-    single_thread = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    single_thread = SINGLE_THREAD | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
     report = "benchmarks/results/kills_everywhere.json"
     session.run(
         *("python", "-m", "tests.kills", session.create_tmp(), "--everywhere", "--report", report),

@@ -29,7 +29,9 @@ from lerobot_pirl.algorithm import PiRLAlgorithm
 from lerobot_pirl.build import log_overrides, make_adapter
 from lerobot_pirl.checkpoint import Progress
 from lerobot_pirl.config import PiRLTrainConfig
+from lerobot_pirl.follower import Follower
 from lerobot_pirl.metadata import MetadataMismatch, config_hash, make_metadata
+from lerobot_pirl.parallel import ALONE
 from lerobot_pirl.policies.xvla import XVLAAdapter
 from lerobot_pirl.restore import CheckpointError
 from tests.test_algorithm import make_rollout, snapshot
@@ -725,6 +727,17 @@ def test_another_recipe_or_policy_cannot_be_accepted(name, fresh, unsealed):
     assert "accept_changes" not in text
     with pytest.raises(ValueError, match=f"accept_changes='{name}' is not allowed"):
         fresh.load(unsealed, name)
+
+
+def test_a_follower_takes_the_changes_that_were_accepted(saved, monkeypatch):
+    options = ("--algorithm.gamma=0.5", "--accept_changes=algorithm.gamma")
+    follower = Follower(resumed_run(saved, monkeypatch, *options).cfg, ALONE)
+    assert follower.algorithm.config.gamma == 0.5
+    assert (
+        follower.algorithm.optimization_step
+        == read_json(saved / "training_state" / "training_step.json")["step"]
+        > 0
+    )
 
 
 def test_changes_that_are_named_are_accepted_take_effect_and_stay_in_the_history(saved, tmp_path):

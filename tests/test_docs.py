@@ -23,6 +23,7 @@ RELIABILITY = (REPO / "docs/reliability.md").read_text()
 # a resume or a config names these, and other commands the rest
 NO_FIELDS = {
     "help",
+    "runs",
     "config_path",
     "policy.path",
     "env.discover_packages_path",

@@ -284,6 +284,13 @@ def flushed(monkeypatch) -> list[int]:
     return inodes
 
 
+def test_a_link_is_flushed_before_what_it_led_to_may_be_pruned(flushed, tmp_path):
+    folder = make(tmp_path / "000001")
+    flushed.clear()
+    folders.point(folders.LAST, folder)
+    assert tmp_path.stat().st_ino in flushed
+
+
 def test_the_folders_around_a_first_one_are_flushed_after_they_were_made(flushed, tmp_path):
     make(tmp_path / "some" / "checkpoints" / "000001")
     around = [tmp_path, tmp_path / "some", tmp_path / "some" / "checkpoints"]

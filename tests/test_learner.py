@@ -403,6 +403,75 @@ def test_a_rollout_whose_features_are_not_shaped_as_the_others_is_refused(learne
             learner.inbox._decode(Message("rollout", message.header, longer))
 
 
+def test_episodes_that_were_learned_from_are_not_kept(learner):
+    deliver(learner)
+    learner.iterate()
+    assert (learner.inbox._rollouts, learner.ledger.delivered) == ({}, {})
+
+
+@pytest.fixture
+def clock(learner, monkeypatch) -> list[float]:
+    """The inbox's clock, which stands still."""
+    now = [0.0]
+    monkeypatch.setattr("lerobot_pirl.inbox.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def one_by_one(learner: Learner) -> list[Message]:
+    """Return the first version's episodes as actor "a" sends them."""
+    found = []
+    for number, rollout in enumerate(episodes_of(make_rollout(learner.adapter))):
+        header, tensors = rollout.to_tensors()
+        header |= learner.inbox.address | {"number": number, "actor": "a"}
+        found.append(Message("rollout", header, tensors))
+    return found
+
+
+def until(learner: Learner, holds) -> None:
+    with learner.inbox._changed:
+        assert learner.inbox._changed.wait_for(holds, 30)
+
+
+def test_an_actor_that_delivers_keeps_its_share_however_long_all_of_it_takes(learner, clock):
+    learner.publish()
+    join(learner)
+    until(learner, lambda: "a" in learner.ledger.peers)
+    for message in one_by_one(learner):
+        number = message.header["number"]
+        clock[0] += 0.9 * learner.inbox.share_timeout_s
+        learner.server._service.inbox.put(message)
+        until(learner, lambda number=number: number in learner.ledger.delivered)
+    assert learner.ledger.lines == []
+    assert not learner.ledger.peers["a"].overdue
+
+
+def test_a_learner_waits_on_as_long_as_episodes_come(learner, clock):
+    coming = one_by_one(learner)
+    learner.publish()
+
+    def deliver_one() -> None:
+        clock[0] += 0.9 * learner.inbox.timeout_s
+        learner.server._service.inbox.put(coming.pop(0))
+        until(learner, lambda: len(learner.ledger.delivered) == EPISODES - len(coming))
+
+    learner.inbox.check_interrupts = deliver_one
+    assert len(learner.receive().episode_lengths) == EPISODES
+    assert clock[0] > 2 * learner.inbox.timeout_s
+
+
+def test_weights_are_withdrawn_before_an_update_changes_them(learner, monkeypatch):
+    offered, update = [], learner.algorithm.update
+
+    def updated(batches):
+        offered.append(learner.server._service.published)
+        return update(batches)
+
+    monkeypatch.setattr(learner.algorithm, "update", updated)
+    deliver(learner)
+    learner.iterate()
+    assert offered == [None]
+
+
 @pytest.mark.parametrize("name", ["task_id", "init_state_id"])
 def test_an_episode_that_began_elsewhere_than_its_group_is_refused_before_the_update(learner, name):
     learner.inbox.group_size = 2
@@ -445,8 +514,9 @@ def test_an_error_of_any_kind_outside_an_update_leaves_a_checkpoint(learner, mon
     assert decode(learner.server._service.last_words).header["reason"] == "the learner failed"
 
 
-def test_an_interrupt_while_waiting_leaves_a_checkpoint(learner):
-    signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_waiting_leaves_a_checkpoint(learner, number):
+    signal.raise_signal(number)
     with pytest.raises(KeyboardInterrupt):
         learner.run()
     assert checkpoints(learner) == ["000000", "last"]

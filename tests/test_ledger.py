@@ -182,6 +182,14 @@ def test_an_overdue_actor_loses_what_it_holds_until_it_is_heard_again():
     assert hand(ledger, "a", now=62)
 
 
+def test_an_overdue_actor_does_not_get_the_evaluation_back():
+    ledger = opened(4, "a", "b", evaluate=True)
+    assert hand(ledger, "a") == [EVALUATION]
+    ledger.return_overdue(61, timeout_s=60)
+    assert hand(ledger, "a", now=61) == []
+    assert hand(ledger, "b", now=61) == [EVALUATION]
+
+
 def test_an_actor_without_anything_to_do_is_never_overdue():
     ledger = opened(1, "a", "b")
     hand(ledger, "a")

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from lerobot_pirl import parallel
+from lerobot_pirl.follower import Follower
 from lerobot_pirl.parallel import ALONE, World, join_world, launched
 from tests.parallel_updates import CASES, update
 from tests.smoke import free_port
+from tests.test_algorithm import make_rollout
+from tests.toy import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NUM_PROCESSES = 2
@@ -78,6 +83,46 @@ def two_launched(monkeypatch):
 def test_one_gpu_for_all_processes_is_refused(two_launched):
     with pytest.raises(ValueError, match=r"policy.device='cuda:1' with 2 processes; set it to 'cuda'"):
         join_world("cuda:1")
+
+
+def test_what_lies_on_the_cpu_goes_over_gloo_and_every_process_takes_its_device(two_launched, monkeypatch):
+    asked, groups = [], []
+    state = SimpleNamespace(process_index=1, num_processes=2)
+    made = SimpleNamespace(PartialState=lambda **options: asked.append(options) or state)
+    monkeypatch.setitem(sys.modules, "accelerate", made)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "new_group", lambda **options: asked.append(options) or "group")
+    for device in ("cuda", "cpu"):
+        assert join_world(device) == World(1, 2, "group")
+        gloo = {"backend": "gloo", "timeout": parallel.TIMEOUT}
+        assert asked[-2:] == [{"cpu": device == "cpu", "timeout": parallel.TIMEOUT}, gloo]
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(parallel.dist, name, lambda tensor, src=0, group=None: groups.append(group))
+    world = World(0, 2, "group")
+    world.add({"a": 1.0})
+    world.join(torch.zeros(1), 2)
+    world.keep_waiting()
+    assert len(groups) >= 3 and set(groups) == {"group"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launchers_signal_leaves_the_end_to_the_first_process(number):
+    def end(*_) -> None:
+        raise RuntimeError("a follower ended by itself")
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        cfg = tiny_config(critic_warmup_iterations=0, minibatch_size=4, micro_batch_size=4)
+        cfg.algorithm.value_hidden_dims = (16,)
+        follower = Follower(cfg, ALONE)
+        told = iter([make_rollout(follower.algorithm.adapter), None])
+        follower.world = SimpleNamespace(hear=lambda: signal.raise_signal(number) or next(told))
+        follower.run()
+        assert follower.algorithm.optimization_step == 1
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_without_accelerate_the_refusal_says_how_to_get_it(two_launched, monkeypatch):
@@ -194,6 +239,8 @@ def test_the_others_get_the_rollout_and_the_weights_of_the_first(together):
     for name, value in first.items():
         assert value.dtype == second[name].dtype and torch.equal(value, second[name])
     assert {"features.vlm_features", "terminated", "gripper", "value_head.0.weight"} <= set(first)
+    # the second one had zeros
+    assert first["value_head.0.weight"].any()
 
 
 def test_one_that_ends_is_missed_at_once(together):

@@ -628,6 +628,14 @@ def test_a_message_over_the_limit_is_refused_by_its_first_piece():
         next(from_pieces(iter([piece("BEGIN", data[:60])]), max_bytes=1_000_000))
 
 
+def test_a_delivery_has_as_long_as_a_slow_line_takes(client, monkeypatch):
+    given = []
+    monkeypatch.setattr(client, "_call", lambda method, pieces, timeout: given.append(timeout))
+    client.send(rollout(0))
+    client.send(weights(0, size=2**22))
+    assert given == pytest.approx([60, 60 + 2**24 / 2**16], abs=1)
+
+
 def test_calls_beyond_the_threads_are_refused_and_do_not_queue(monkeypatch):
     monkeypatch.setattr("lerobot_pirl.transport.server.SERVER_THREADS", 2)
     server = LearnerServer("127.0.0.1", 0)

@@ -113,7 +113,7 @@ def learn(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """A thousand updates with actor and learner restarted over and over: memory, ledger, curve; takes half an hour."""
     session.install(".[test]")
-    session.run("python", "-m", "benchmarks.soak", *session.posargs)
+    session.run("python", "-m", "benchmarks.soak", *session.posargs, env=SINGLE_THREAD)
 
 
 @nox.session(python=PYTHON)

@@ -8,6 +8,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
 
 from benchmarks.libero_expert import (
+    MAX_STEPS,
     TASKS,
     drawn_init_states,
     expert_action,
@@ -18,6 +19,8 @@ from benchmarks.libero_expert import (
     simulator,
 )
 from lerobot_pirl.envs.check import check_libero
+from lerobot_pirl.envs.chunk import _make_slot
+from tests.test_libero import CHUNK, assert_same, config, physics_of, step_singly, stock_env
 
 pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
 
@@ -277,3 +280,35 @@ def test_the_bowl_gets_onto_the_stove(usable):
         env.close()
     assert success
     assert steps <= 45
+
+
+def test_a_whole_episode_that_succeeds_is_lerobots_state_by_state_and_frame_by_frame(env):
+    observation, actions, done = start(env, 3), [], False
+    while not done and len(actions) < MAX_STEPS:
+        actions.append(expert_action(BOWL_ON_PLATE, env))
+        *_, info = env.step(actions[-1])
+        done = info["is_success"]
+    assert done and len(actions) > 3 * CHUNK
+    task = {"task": BOWL_ON_PLATE.suite, "task_ids": [BOWL_ON_PLATE.task_id]}
+    fast = _make_slot(config(**task), CHUNK, None, BOWL_ON_PLATE.task_id)
+    stock = stock_env(BOWL_ON_PLATE.task_id, BOWL_ON_PLATE.suite)
+    try:
+        for each in (fast, stock):
+            each.init_state_id = 3
+        observation, theirs = (each.reset(seed=3)[0] for each in (fast, stock))
+        assert_same(observation, theirs)
+        rewards, success = 0.0, False
+        for first in range(0, len(actions), CHUNK):
+            planned = np.array(actions[first : first + CHUNK])
+            # what is left of a chunk after the success is not executed
+            chunk = np.concatenate([planned, np.zeros((CHUNK - len(planned), 7), np.float32)])
+            observation, reward, _, _, info = fast.step(chunk)
+            theirs, expected, success = step_singly(stock, planned)
+            rewards += reward
+            assert (reward, info["is_success"], info["n_steps"]) == (expected, success, len(planned))
+            np.testing.assert_array_equal(physics_of(fast), physics_of(stock))
+            assert_same(observation, theirs, only="robot_state" if len(planned) < CHUNK else "")
+        assert (rewards, success, info["episode_steps"]) == (1.0, True, len(actions))
+    finally:
+        fast.close()
+        stock.close()

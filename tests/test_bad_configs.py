@@ -73,10 +73,10 @@ def complaint(message: str, touched: list[str]) -> str:
         return "is no one sentence"
     # an option that lacks its group's type is told by the group
     names = {name for each in touched for name in (each, each.rpartition(".")[2], each.partition(".")[0])}
-    # one or two letters stand in any sentence
-    names = {name for name in names if len(name) > 2}
     names |= {"''"} if "" in names else set()
-    return "" if any(name and name in message for name in names) else "names nothing that is wrong"
+    # one or two letters stand in any sentence
+    names = {name for name in names if len(name) > 2 or name == "''"}
+    return "" if any(name in message for name in names) else "names nothing that is wrong"
 
 
 BASES = [read_json(CONFIGS / name) for name in ("pirl_tabletop.json", "pirl_libero10_smoke.json")]

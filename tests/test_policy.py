@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -764,16 +765,21 @@ def test_processors_come_from_the_same_revision_as_the_weights(saved, monkeypatc
     assert asked["pretrained_path"] == str(folder)
 
 
-def test_saved_processors_find_the_packaged_tokenizer_wherever_they_were_saved(saved):
-    cfg, folder = saved
+def set_tokenizer(folder: Path, **options) -> None:
+    """Change options of the tokenizer in a saved pipeline."""
 
-    def moved(steps):
+    def changed(steps):
         for entry in steps:
             if entry["registry_name"] == "tokenizer_processor":
-                entry["config"]["tokenizer_name"] = "/somewhere/else/tokenizer"
+                entry["config"] |= options
         return steps
 
-    edit_steps(folder / PRE, moved)
+    edit_steps(folder / PRE, changed)
+
+
+def test_saved_processors_find_the_packaged_tokenizer_wherever_they_were_saved(saved):
+    cfg, folder = saved
+    set_tokenizer(folder, tokenizer_name="/somewhere/else/tokenizer")
     make_processors(cfg.policy, cfg.env)
 
 
@@ -797,14 +803,7 @@ def test_saved_processors_with_a_step_too_many_are_refused(saved, file, extra, m
 
 def test_a_saved_tokenizer_that_pads_to_the_longest_sentence_of_a_batch_is_refused(saved):
     cfg, folder = saved
-
-    def pad(steps):
-        for entry in steps:
-            if entry["registry_name"] == "tokenizer_processor":
-                entry["config"]["padding"] = "longest"
-        return steps
-
-    edit_steps(folder / PRE, pad)
+    set_tokenizer(folder, padding="longest")
     with pytest.raises(
         ValueError, match="pads to 'longest', so that what runs beside an episode would change it"
     ):

@@ -89,7 +89,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
-    """Measure speed against LeRobot and bare limits, LIBERO included, and print the table; a quarter of an hour."""
+    """Measure speed against LeRobot and bare limits, LIBERO included, and print the table; about 20 minutes."""
     session.install(".[libero]")
     session.run("python", "-m", "benchmarks.all", *session.posargs, env={"MUJOCO_GL": "egl"})
 

@@ -1,4 +1,4 @@
-"""All benchmarks of speed, one after the other, and the table of what they found; a quarter of an hour on two cores.
+"""All benchmarks of speed, one after the other, and the table of what they found; about 20 minutes on two cores.
 
     python -m benchmarks.all [--thorough] [NAME ...]
 

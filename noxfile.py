@@ -6,7 +6,7 @@ import nox
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "tests"]
-# small networks are no faster on two threads, and learners and actors of the tests share the cores
+# learners and actors of the tests work at once: threads of several processes that share the cores wait for each other
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1"}
 FAULTS = ("faults", "actors", "ledger", "transport", "wire", "fuzz", "security", "admission", "bad_configs")
 PYTHON = nox.project.load_toml("pyproject.toml")["project"]["requires-python"].removeprefix(">=")

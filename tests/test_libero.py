@@ -152,6 +152,13 @@ def step_singly(env, actions: np.ndarray) -> tuple[dict, float, bool]:
 # --- the same as LeRobot's environment ------------------------------------------------------------------------
 
 
+def test_a_camera_without_a_name_is_refused():
+    with pytest.raises(
+        ValueError, match="env.camera_name_mapping=.* has no name for robot0_eye_in_hand_image of"
+    ):
+        _make_slot(config(camera_name_mapping={"agentview_image": "image"}), CHUNK, None, TASK)
+
+
 def test_first_observation_of_an_episode_is_the_same(fast, stock):
     assert_same(start(fast, 4), start(stock, 4))
     np.testing.assert_array_equal(physics_of(fast), physics_of(stock))

@@ -125,8 +125,12 @@ def _other_checkpoints(path: Path) -> str:
     return f"{dangling}; complete checkpoints in {checkpoint.parent} are {', '.join(others)}"
 
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
 def _may_be_on_hub(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).parent.exists()
+    # in a folder that is here, it is a folder that is missing
+    return _HUB_NAME.fullmatch(name) is not None and not Path(name).parent.exists()
 
 
 def read_policy_config(path: str) -> PreTrainedConfig:
@@ -136,10 +140,9 @@ def read_policy_config(path: str) -> PreTrainedConfig:
         ValueError: one sentence, when there is no such policy or an override does not fit it.
     """
     if not Path(path).is_dir() and not _may_be_on_hub(path):
-        # what lies in a folder that is here is a folder that is missing, not a name on the Hub
         beside = (
             f"; the folder {Path(path).parent} is here, so the Hub is not asked"
-            if Path(path).parent.exists()
+            if _HUB_NAME.fullmatch(path)
             else ""
         )
         raise ValueError(f"policy.path={path} is no folder here and no name of a policy on the Hub{beside}")

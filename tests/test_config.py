@@ -226,6 +226,7 @@ def test_a_name_whose_organisation_is_a_folder_here_says_so(at_path, tmp_path, m
     (tmp_path / "lerobot").mkdir()
     message = refusal(lambda: at_path("lerobot/xvla").validate())
     assert message.endswith("; the folder lerobot is here, so the Hub is not asked")
+    assert refusal(lambda: at_path("missing").validate()).endswith("no name of a policy on the Hub")
 
 
 def test_a_policy_path_on_the_command_line_takes_the_options_beside_it(parse, saved_policy):
